@@ -1,0 +1,155 @@
+"""The life of signing keys as values and one pure decision: what is the next step?
+
+Does nothing: it opens no key, reads no clock and stores no state.
+
+    pending  -> active, revoked      published, not signing
+    active   -> retiring, revoked    published, signing: exactly one
+    retiring -> retired, revoked     published; private half destroyed
+    retired, revoked                 not published; private half destroyed
+"""
+
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from functools import cached_property
+
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from msgspec import Struct
+
+from keys.signer import Signer
+from keys.verifier import encode_jwks
+
+
+class KeyState(StrEnum):
+    """Where a signing key stands in its life."""
+
+    PENDING = "pending"
+    ACTIVE = "active"
+    RETIRING = "retiring"
+    RETIRED = "retired"
+    REVOKED = "revoked"
+
+
+PUBLISHED = frozenset({KeyState.PENDING, KeyState.ACTIVE, KeyState.RETIRING})
+
+
+class SigningKey(Struct, frozen=True, kw_only=True):
+    """One key: its public half, and the signer of its private half where this process has it.
+
+    Times are seconds since the epoch. `lifetime_cap` is the longest lifetime, in seconds, of a
+    token that the key may have signed: stamped when it becomes active, enforced at each commit.
+    """
+
+    kid: str
+    state: KeyState
+    public_key: RSAPublicKey
+    published_at: float
+    signer: Signer | None = None
+    activated_at: float | None = None
+    rotate_at: float | None = None
+    lifetime_cap: int | None = None
+    publish_until: float | None = None
+
+
+class KeyRing:
+    """The keys that count, in the order in which they were published. Immutable."""
+
+    def __init__(self, keys: Iterable[SigningKey] = ()) -> None:
+        """Raise ValueError for two pending or two active keys, or one kid twice."""
+        self.keys = tuple(sorted(keys, key=lambda key: (key.published_at, key.kid)))
+        for state in (KeyState.PENDING, KeyState.ACTIVE):
+            if sum(key.state is state for key in self.keys) > 1:
+                raise ValueError(f"a ring has at most one {state} key")
+        if len({key.kid for key in self.keys}) != len(self.keys):
+            raise ValueError("a ring has each kid once")
+
+    @cached_property
+    def pending(self) -> SigningKey | None:
+        """The standing next key: published, not signing."""
+        return next((key for key in self.keys if key.state is KeyState.PENDING), None)
+
+    @cached_property
+    def active(self) -> SigningKey | None:
+        """The one key that signs."""
+        return next((key for key in self.keys if key.state is KeyState.ACTIVE), None)
+
+    @cached_property
+    def retiring(self) -> tuple[SigningKey, ...]:
+        """The keys that signed tokens which may still be live."""
+        return tuple(key for key in self.keys if key.state is KeyState.RETIRING)
+
+    @cached_property
+    def published(self) -> Mapping[str, RSAPublicKey]:
+        """What verifiers may trust, by kid."""
+        return {key.kid: key.public_key for key in self.keys if key.state in PUBLISHED}
+
+    @cached_property
+    def jwks(self) -> bytes:
+        """The JWK Set of the published keys (RFC 7517 §5), encoded once."""
+        return encode_jwks(self.published.values()) if self.published else b'{"keys":[]}'
+
+
+class RotationPolicy(Struct, frozen=True, kw_only=True):
+    """When a key may sign and how long it does; all in seconds."""
+
+    publish_lead: float
+    rotation_period: float
+    lifetime_cap: int
+    clock_skew: float
+
+    @property
+    def gate_window(self) -> float:
+        """How long, past the lead, activation waits for verifiers that lack the next key."""
+        return self.rotation_period / 10
+
+
+class Prepare(Struct, frozen=True, kw_only=True):
+    """Make and publish the next key."""
+
+
+class Activate(Struct, frozen=True, kw_only=True):
+    """Let the pending key sign, and retire the one that did."""
+
+    kid: str
+
+
+class Retire(Struct, frozen=True, kw_only=True):
+    """Stop publishing a key of which no live token is left."""
+
+    kid: str
+
+
+class Wait(Struct, frozen=True, kw_only=True):
+    """Nothing to do before `until`, seconds since the epoch; `awaited` names who is waited for."""
+
+    until: float
+    awaited: frozenset[str] = frozenset()
+
+
+Step = Prepare | Activate | Retire | Wait
+
+
+def next_step(
+    ring: KeyRing, policy: RotationPolicy, now: float, awaited: frozenset[str] = frozenset()
+) -> Step:
+    """Return what the ring needs at `now`; asked again after each step, it comes to a Wait.
+
+    A key is published for at least `publish_lead` before it signs, and stays published until the
+    last token that it can have signed has expired. The one exception is a ring without an active
+    key: there the pending one signs at once, since until then nobody gets a token at all.
+    """
+    if ring.pending is None:
+        return Prepare()
+    if ring.active is None:
+        return Activate(kid=ring.pending.kid)
+    ends = [(key.publish_until or now, key.kid) for key in ring.retiring]
+    if ends and now >= min(ends)[0]:
+        return Retire(kid=min(ends)[1])
+    due = max(
+        ring.active.rotate_at or now,
+        ring.pending.published_at + policy.publish_lead,
+    )
+    if now < due:
+        return Wait(until=min([due, *(until for until, _ in ends)]))
+    if awaited and now < due + policy.gate_window:
+        return Wait(until=due + policy.gate_window, awaited=awaited)
+    return Activate(kid=ring.pending.kid)

@@ -1,0 +1,427 @@
+"""Administrative acts: service users and their credentials, and who may do what to whom.
+
+Every act is decided on versions and committed together with its record, under the fence: when it
+returns, no process issues anything that it forbids.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Protocol, TypeVar
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+from keys.secret import Secret
+from service.authority.audit import Action, AuditRecord, Outcome, new_record_id, personal
+from service.authority.client_auth import new_secret, secret_sha256
+from service.authority.errors import (
+    Conflict,
+    Invalid,
+    NotFound,
+    PreconditionFailed,
+    TemporarilyUnavailable,
+)
+from service.authority.model import (
+    MAX_LIVE_CREDENTIALS,
+    AdminScope,
+    Audiences,
+    ClientAddress,
+    Clock,
+    Credential,
+    Label,
+    Line,
+    LiveTokens,
+    Name,
+    Scopes,
+    ServiceUser,
+    SourceSystem,
+    Status,
+    Subject,
+    Text,
+    TokenLifetime,
+    new_id,
+)
+from service.authority.operators import Operator, Operators
+
+DEFAULT_CREDENTIAL_LIFETIME: Final = timedelta(days=365)
+MAX_CREDENTIAL_LIFETIME: Final = timedelta(days=5 * 366)
+
+
+T = TypeVar("T")
+
+
+class ServiceUserStore(Protocol):
+    """Service users and credentials in Postgres.
+
+    Every write commits the record of the act with it, and returns False, having done nothing,
+    when the versions in the record are no longer those in force. It raises Conflict for what the
+    tables forbid, and StoreUnavailable.
+    """
+
+    async def fresh(self, client_id: str) -> Subject: ...
+
+    async def page(
+        self, *, after: str, limit: int, source_system: str | None, status: Status | None
+    ) -> Sequence[ServiceUser]: ...
+
+    async def credentials(self, service_user_id: str) -> Sequence[Credential]: ...
+
+    async def live_tokens(
+        self, service_user_id: str, credential_id: str | None = None
+    ) -> LiveTokens: ...
+
+    async def create(self, user: ServiceUser, record: AuditRecord) -> bool: ...
+
+    async def change(self, user: ServiceUser, record: AuditRecord) -> bool: ...
+
+    async def create_credential(self, credential: Credential, record: AuditRecord) -> bool: ...
+
+    async def revoke_credential(self, credential_id: str, record: AuditRecord) -> bool: ...
+
+
+class NewServiceUser(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What it takes to create a service user; what is left out has the installation's default."""
+
+    name: Name
+    source_system: SourceSystem
+    owner: Line = ""
+    contact: Line = ""
+    description: Text = ""
+    scopes: Scopes = []
+    audiences: Audiences | UnsetType = UNSET
+    token_lifetime: TokenLifetime | UnsetType = UNSET
+
+
+class ServiceUserChange(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The fields of a service user to change; what is left out stays."""
+
+    name: Name | UnsetType = UNSET
+    source_system: SourceSystem | UnsetType = UNSET
+    owner: Line | UnsetType = UNSET
+    contact: Line | UnsetType = UNSET
+    description: Text | UnsetType = UNSET
+    scopes: Scopes | UnsetType = UNSET
+    audiences: Audiences | UnsetType = UNSET
+    token_lifetime: TokenLifetime | UnsetType = UNSET
+
+
+class NewCredential(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What it takes to create a credential; it ends after a year unless said otherwise."""
+
+    label: Label
+    expires_at: datetime | None = None
+
+
+class Administration:
+    """What operators do. Each method raises an AdminRefusal, or the errors of a store away."""
+
+    def __init__(
+        self,
+        *,
+        store: ServiceUserStore,
+        operators: Operators,
+        clock: Clock,
+        audience: str,
+        token_lifetime: int,
+    ) -> None:
+        self._store = store
+        self._operators = operators
+        self._clock = clock
+        self._audience = audience
+        self._token_lifetime = token_lifetime
+
+    async def read(self, operator: Operator, service_user_id: str) -> ServiceUser:
+        """Return one service user."""
+        operator.require(AdminScope.SERVICE_USERS_READ)
+        return _user(await self._store.fresh(service_user_id))
+
+    async def page(
+        self,
+        operator: Operator,
+        *,
+        after: str,
+        limit: int,
+        source_system: str | None,
+        status: Status | None,
+    ) -> Sequence[ServiceUser]:
+        """Return service users by name, starting after the name `after`."""
+        operator.require(AdminScope.SERVICE_USERS_READ)
+        return await self._store.page(
+            after=after, limit=limit, source_system=source_system, status=status
+        )
+
+    async def credentials(self, operator: Operator, service_user_id: str) -> Sequence[Credential]:
+        """Return the credentials of a service user, the newest first, those that ended too."""
+        operator.require(AdminScope.SERVICE_USERS_READ)
+        _user(await self._store.fresh(service_user_id))
+        return await self._store.credentials(service_user_id)
+
+    async def create(
+        self, operator: Operator, new: NewServiceUser, origin: ClientAddress
+    ) -> ServiceUser:
+        """Create a service user; it can do nothing yet, since it has no credential."""
+        created = ServiceUser(
+            id=new_id("su"),
+            name=new.name,
+            source_system=new.source_system,
+            owner=new.owner,
+            contact=new.contact,
+            description=new.description,
+            scopes=_distinct(new.scopes, "/scopes"),
+            audiences=(self._audience,)
+            if new.audiences is UNSET
+            else _distinct(new.audiences, "/audiences"),
+            token_lifetime=self._token_lifetime
+            if new.token_lifetime is UNSET
+            else new.token_lifetime,
+            status=Status.ACTIVE,
+            version=1,
+            created_at=self._now(),
+        )
+
+        async def act(operator: Operator) -> ServiceUser | None:
+            operator.require(AdminScope.SERVICE_USERS_WRITE)
+            operator.require_all(created.admin_scopes)
+            record = self._record(
+                Action.SERVICE_USER_CREATE, operator, created, 0, origin, _rights(created)
+            )
+            return created if await self._store.create(created, record) else None
+
+        return await self._decided_on_current(operator, act)
+
+    async def change(
+        self,
+        operator: Operator,
+        service_user_id: str,
+        change: ServiceUserChange,
+        if_match: int,
+        origin: ClientAddress,
+    ) -> tuple[ServiceUser, LiveTokens]:
+        """Change a service user that is still at version `if_match`."""
+        fields = {
+            name: value
+            for name, value in msgspec.structs.asdict(change).items()
+            if value is not UNSET
+        }
+        for name in ("scopes", "audiences"):
+            if name in fields:
+                fields[name] = _distinct(fields[name], f"/{name}")
+
+        async def act(operator: Operator) -> ServiceUser | None:
+            operator.require(AdminScope.SERVICE_USERS_WRITE)
+            before = _user(await self._store.fresh(service_user_id))
+            if before.version != if_match:
+                raise PreconditionFailed(
+                    f"{before.name} is at version {before.version} and not {if_match}: somebody "
+                    "changed it. Read it again."
+                )
+            after = msgspec.structs.replace(before, **fields)
+            operator.require_all(before.admin_scopes | after.admin_scopes)
+            return await self._replace(Action.SERVICE_USER_CHANGE, operator, before, after, origin)
+
+        return await self._with_live_tokens(await self._decided_on_current(operator, act))
+
+    async def disable(
+        self, operator: Operator, service_user_id: str, origin: ClientAddress
+    ) -> tuple[ServiceUser, LiveTokens]:
+        """Disable a service user; from when this returns it gets no token from any process."""
+
+        async def act(operator: Operator) -> ServiceUser | None:
+            operator.require(AdminScope.SERVICE_USERS_WRITE)
+            before = _user(await self._store.fresh(service_user_id))
+            after = msgspec.structs.replace(before, status=Status.DISABLED)
+            return await self._replace(Action.SERVICE_USER_DISABLE, operator, before, after, origin)
+
+        return await self._with_live_tokens(await self._decided_on_current(operator, act))
+
+    async def enable(
+        self, operator: Operator, service_user_id: str, origin: ClientAddress
+    ) -> tuple[ServiceUser, LiveTokens]:
+        """Enable a service user again, with the credentials that have not ended meanwhile."""
+
+        async def act(operator: Operator) -> ServiceUser | None:
+            operator.require(AdminScope.SERVICE_USERS_WRITE)
+            before = _user(await self._store.fresh(service_user_id))
+            operator.require_all(before.admin_scopes)
+            after = msgspec.structs.replace(before, status=Status.ACTIVE)
+            return await self._replace(Action.SERVICE_USER_ENABLE, operator, before, after, origin)
+
+        return await self._with_live_tokens(await self._decided_on_current(operator, act))
+
+    async def create_credential(
+        self,
+        operator: Operator,
+        service_user_id: str,
+        new: NewCredential,
+        origin: ClientAddress,
+    ) -> tuple[Credential, Secret]:
+        """Create a credential and return its secret, which cannot be had a second time."""
+        secret = new_secret()
+        now = self._now()
+        credential = Credential(
+            id=new_id("cr"),
+            service_user_id=service_user_id,
+            label=new.label,
+            secret_sha256=secret_sha256(secret),
+            created_at=now,
+            expires_at=_expiry(new.expires_at, now),
+        )
+
+        async def act(operator: Operator) -> Credential | None:
+            operator.require(AdminScope.SERVICE_USERS_WRITE)
+            subject = await self._store.fresh(service_user_id)
+            user = _user(subject)
+            operator.require_all(user.admin_scopes)
+            live = sum(held.is_live(self._clock()) for held in subject.credentials)
+            if live >= MAX_LIVE_CREDENTIALS:
+                raise Conflict(
+                    f"{user.name} has {live} live credentials, and that is the most. "
+                    "Revoke one first."
+                )
+            record = self._record(
+                Action.CREDENTIAL_CREATE,
+                operator,
+                user,
+                user.version,
+                origin,
+                {"label": new.label, "expires_at": credential.expires_at},
+                credential_id=credential.id,
+            )
+            return credential if await self._store.create_credential(credential, record) else None
+
+        return await self._decided_on_current(operator, act), secret
+
+    async def revoke_credential(
+        self,
+        operator: Operator,
+        service_user_id: str,
+        credential_id: str,
+        origin: ClientAddress,
+    ) -> tuple[Credential, LiveTokens]:
+        """Revoke a credential; from when this returns it gets no token from any process."""
+
+        async def act(operator: Operator) -> Credential | None:
+            operator.require(AdminScope.SERVICE_USERS_WRITE)
+            subject = await self._store.fresh(service_user_id)
+            user = _user(subject)
+            held = next((held for held in subject.credentials if held.id == credential_id), None)
+            if held is None:
+                raise NotFound(f"{user.name} has no such credential.")
+            record = self._record(
+                Action.CREDENTIAL_REVOKE,
+                operator,
+                user,
+                user.version,
+                origin,
+                {"label": held.label},
+                credential_id=credential_id,
+            )
+            return held if await self._store.revoke_credential(credential_id, record) else None
+
+        await self._decided_on_current(operator, act)
+        subject = await self._store.fresh(service_user_id)
+        revoked = next(held for held in subject.credentials if held.id == credential_id)
+        return revoked, await self._store.live_tokens(service_user_id, credential_id)
+
+    async def _replace(
+        self,
+        action: Action,
+        operator: Operator,
+        before: ServiceUser,
+        after: ServiceUser,
+        origin: ClientAddress,
+    ) -> ServiceUser | None:
+        record = self._record(
+            action, operator, before, before.version, origin, _difference(before, after)
+        )
+        if not await self._store.change(after, record):
+            return None
+        return msgspec.structs.replace(after, version=before.version + 1)
+
+    async def _decided_on_current(
+        self, operator: Operator, act: Callable[[Operator], Awaitable[T | None]]
+    ) -> T:
+        """Act, and once more if what was decided on changed meanwhile."""
+        if (done := await act(operator)) is not None:
+            return done
+        if (done := await act(await self._operators.present(operator))) is not None:
+            return done
+        raise TemporarilyUnavailable("what was decided on changed twice while it was decided")
+
+    async def _with_live_tokens(self, user: ServiceUser) -> tuple[ServiceUser, LiveTokens]:
+        return user, await self._store.live_tokens(user.id)
+
+    def _record(
+        self,
+        action: Action,
+        operator: Operator,
+        user: ServiceUser,
+        version: int,
+        origin: ClientAddress,
+        details: dict[str, Any],
+        *,
+        credential_id: str | None = None,
+    ) -> AuditRecord:
+        return AuditRecord(
+            id=new_record_id(self._clock()),
+            action=action,
+            outcome=Outcome.SUCCESS,
+            service_user_id=user.id,
+            service_user=user.name,
+            source_system=user.source_system,
+            version=version,
+            credential_id=credential_id,
+            details=details,
+            **operator.as_actor(),
+            **personal(origin),
+        )
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock(), UTC)
+
+
+def _user(subject: Subject) -> ServiceUser:
+    if subject.service_user is None:
+        raise NotFound("There is no such service user.")
+    return subject.service_user
+
+
+def _distinct(values: list[str], pointer: str) -> tuple[str, ...]:
+    if len(set(values)) != len(values):
+        raise Invalid("Each value may stand here once.", pointer)
+    return tuple(values)
+
+
+def _expiry(expires_at: datetime | None, now: datetime) -> datetime:
+    if expires_at is None:
+        return now + DEFAULT_CREDENTIAL_LIFETIME
+    if expires_at.tzinfo is None:
+        raise Invalid("A time needs its offset, as in 2027-01-31T12:00:00Z.", "/expires_at")
+    if not now < expires_at <= now + MAX_CREDENTIAL_LIFETIME:
+        raise Invalid(
+            f"Expected a time between now and {MAX_CREDENTIAL_LIFETIME.days} days from now.",
+            "/expires_at",
+        )
+    return expires_at
+
+
+def _rights(user: ServiceUser) -> dict[str, Any]:
+    """What a record says of a new service user: what it may do, not whom to call."""
+    return {
+        "scopes": user.scopes,
+        "audiences": user.audiences,
+        "token_lifetime": user.token_lifetime,
+    }
+
+
+def _difference(before: ServiceUser, after: ServiceUser) -> dict[str, Any]:
+    """What a record says of a change. Owner and contact may be people: only that they changed."""
+    changed: dict[str, Any] = {}
+    for name in ("name", "source_system", "scopes", "audiences", "token_lifetime", "status"):
+        old, new = getattr(before, name), getattr(after, name)
+        if old != new:
+            changed[name] = {"from": old, "to": new}
+    for name in ("owner", "contact", "description"):
+        if getattr(before, name) != getattr(after, name):
+            changed[name] = "changed"
+    return changed

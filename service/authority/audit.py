@@ -1,0 +1,409 @@
+"""The audit log: what is on record, and the group commit that puts it there.
+
+Decides nothing about a request. No answer that depends on a record leaves before `append` returns.
+"""
+
+import asyncio
+import hashlib
+import os
+from collections import deque
+from collections.abc import Sequence
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Final, Protocol
+from uuid import UUID
+
+import msgspec
+import structlog
+import uuid_utils
+from msgspec import Struct
+
+from service import metrics
+from service.authority.errors import AuditUnavailable, StoreUnavailable
+from service.authority.model import ClientAddress
+
+APPEND_DEADLINE: Final = 2.0
+MAX_BATCH: Final = 64
+MAX_QUEUED: Final = 4096
+MAX_QUEUED_REFUSALS: Final = 1024
+REPEAT_WINDOW: Final = 1.0
+_RECONNECT_DELAYS: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+log = structlog.stdlib.get_logger()
+
+
+class Action(StrEnum):
+    """What was done or tried: every record has exactly one."""
+
+    TOKEN_ISSUE = "token.issue"  # noqa: S105
+    TOKEN_MINT = "token.mint"  # noqa: S105
+    SERVICE_USER_CREATE = "service_user.create"
+    SERVICE_USER_LIST = "service_user.list"
+    SERVICE_USER_READ = "service_user.read"
+    SERVICE_USER_CHANGE = "service_user.change"
+    SERVICE_USER_DISABLE = "service_user.disable"
+    SERVICE_USER_ENABLE = "service_user.enable"
+    CREDENTIAL_CREATE = "credential.create"
+    CREDENTIAL_LIST = "credential.list"
+    CREDENTIAL_REVOKE = "credential.revoke"
+    SIGNING_KEY_LIST = "signing_key.list"
+    SIGNING_KEY_PREPARE = "signing_key.prepare"
+    SIGNING_KEY_ACTIVATE = "signing_key.activate"
+    SIGNING_KEY_RETIRE = "signing_key.retire"
+    AUDIT_QUERY = "audit.query"
+    OPERATOR_BOOTSTRAP = "operator.bootstrap"
+
+
+class Outcome(StrEnum):
+    """Whether it was done."""
+
+    SUCCESS = "success"
+    REFUSED = "refused"
+
+
+class AuditRecord(Struct, frozen=True, kw_only=True):
+    """One line of the log. Whom it was done to: `service_user_id`; who did it: `actor_id`.
+
+    `version` and `actor_version` are those on which it was decided: the record is written only
+    while they are in force. For an issuance `id` is the `jti`, `iat` and `exp` are NumericDates,
+    and `signing_input_sha256` is the digest that a reported token is compared with.
+    What is personal goes to a table beside the log; the log holds its salted SHA-256.
+    """
+
+    id: UUID
+    action: Action
+    outcome: Outcome
+    reason: str | None = None
+    service_user_id: str | None = None
+    service_user: str | None = None
+    source_system: str | None = None
+    version: int | None = None
+    credential_id: str | None = None
+    actor_id: str | None = None
+    actor: str | None = None
+    actor_version: int | None = None
+    actor_credential_id: str | None = None
+    kid: str | None = None
+    iat: int | None = None
+    exp: int | None = None
+    aud: str | None = None
+    scope: str | None = None
+    signing_input_sha256: bytes | None = None
+    request_id: str = ""
+    repeats: int = 1
+    details: dict[str, Any] = {}
+    client_address: str = ""
+    user_agent: str = ""
+    resource: str = ""
+    department: str = ""
+    salt: bytes | None = None
+    personal_sha256: bytes | None = None
+
+
+class StoredRecord(Struct, frozen=True, kw_only=True):
+    """A record as it is read: what was asked for it to be, when it became durable, and where.
+
+    The personal fields are None once they were erased, and for records that never had any.
+    """
+
+    id: UUID
+    cursor: str
+    recorded_at: datetime
+    action: str
+    outcome: Outcome
+    reason: str | None
+    service_user_id: str | None
+    service_user: str | None
+    source_system: str | None
+    version: int | None
+    credential_id: str | None
+    actor_id: str | None
+    actor: str | None
+    actor_credential_id: str | None
+    kid: str | None
+    iat: int | None
+    exp: int | None
+    aud: str | None
+    scope: str | None
+    signing_input_sha256: str | None
+    request_id: str
+    repeats: int
+    details: dict[str, Any]
+    client_address: str | None
+    user_agent: str | None
+    resource: str | None
+    department: str | None
+
+
+class RecordFilter(Struct, frozen=True, kw_only=True):
+    """Which records to read; what is None does not count. `service_user` is an id or a name."""
+
+    service_user: str | None = None
+    source_system: str | None = None
+    credential_id: str | None = None
+    actor: str | None = None
+    action: str | None = None
+    outcome: Outcome | None = None
+    request_id: str | None = None
+    jti: UUID | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+
+class RecordReader(Protocol):
+    """Reads the log in the order of its commits."""
+
+    async def read(
+        self, wanted: RecordFilter, *, cursor: str | None, newest_first: bool, limit: int
+    ) -> Sequence[StoredRecord]:
+        """Return up to `limit` records beyond `cursor`; no later commit can come before them.
+
+        Raise ValueError for a cursor that is none, and StoreUnavailable.
+        """
+        ...
+
+
+def new_record_id(now: float) -> UUID:
+    """Return a UUIDv7 (RFC 9562 §5.7) of `now`, so that the record finds its month's partition."""
+    return UUID(int=uuid_utils.uuid7(nanoseconds=int(now * 1_000_000_000)).int)
+
+
+def personal(origin: ClientAddress, *, resource: str = "", department: str = "") -> dict[str, Any]:
+    """Return the fields of a record that say from where it came, with their salted digest.
+
+    The digest is SHA-256(salt ‖ JSON array of address, user agent, resource, department), the
+    array in UTF-8 without white space: whoever holds salt and values can recompute it.
+    """
+    salt = os.urandom(16)
+    values = [origin.address, origin.user_agent, resource, department]
+    return {
+        "request_id": origin.request_id,
+        "client_address": origin.address,
+        "user_agent": origin.user_agent,
+        "resource": resource,
+        "department": department,
+        "salt": salt,
+        "personal_sha256": hashlib.sha256(salt + msgspec.json.encode(values)).digest(),
+    }
+
+
+class RecordsRejected(Exception):
+    """Postgres refused the data of a batch (SQLSTATE class 22 or 23); nothing was written."""
+
+
+class RecordWriter(Protocol):
+    """One connection that commits batches of records."""
+
+    async def open(self) -> None:
+        """Connect, or raise StoreUnavailable."""
+        ...
+
+    async def commit(self, records: Sequence[AuditRecord]) -> Sequence[bool]:
+        """Commit a batch durably; say of each record whether it was current and is recorded.
+
+        Raise RecordsRejected, having written nothing; raise StoreUnavailable when nobody can say
+        whether it was written. It is never repeated then: a record without a token is harmless.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Give the connection up."""
+        ...
+
+
+class _Waiting(Struct, eq=False):
+    record: AuditRecord
+    recorded: asyncio.Future[bool]
+
+
+class _Repeat(Struct):
+    record: AuditRecord
+    count: int = 0
+
+
+class AuditLog:
+    """Takes records one by one, commits them in batches, two batches at a time."""
+
+    def __init__(self, writers: Sequence[RecordWriter]) -> None:
+        self._writers = tuple(writers)
+        self._connected = 0
+        self._grants: deque[_Waiting] = deque()
+        self._refusals: deque[_Waiting] = deque()
+        self._arrived = asyncio.Event()
+        self._repeats: dict[tuple[str | None, ...], _Repeat] = {}
+
+    @property
+    def available(self) -> bool:
+        """Whether a writer is connected, so that a record has a chance."""
+        return self._connected > 0
+
+    async def append(self, record: AuditRecord) -> bool:
+        """Return once the record is durable: True, or False if it was decided on an old version.
+
+        Raise AuditUnavailable after 2 s, or at once when Postgres is away or the queue is full.
+        """
+        if record.outcome is Outcome.REFUSED:
+            return await self._append_refusal(record)
+        return await self._append(record, self._grants, MAX_QUEUED)
+
+    async def append_or_count(self, record: AuditRecord) -> None:
+        """Put a refusal on record that is right whatever the store says; never fail.
+
+        While the store is away it is counted and logged instead: the refusal itself must not
+        wait for Postgres.
+        """
+        try:
+            await self.append(record)
+        except AuditUnavailable:
+            metrics.audit_refusals_unrecorded.inc()
+            log.warning(
+                "refusal_unrecorded",
+                action=record.action,
+                reason=record.reason,
+                service_user_id=record.service_user_id,
+                request_id=record.request_id,
+            )
+
+    async def _append(self, record: AuditRecord, lane: deque[_Waiting], limit: int) -> bool:
+        if not self.available:
+            raise AuditUnavailable("no connection to Postgres")
+        if len(lane) >= limit:
+            raise AuditUnavailable("the queue of records is full")
+        waiting = _Waiting(record, asyncio.get_running_loop().create_future())
+        lane.append(waiting)
+        self._arrived.set()
+        try:
+            async with asyncio.timeout(APPEND_DEADLINE):
+                return await waiting.recorded
+        except TimeoutError:
+            raise AuditUnavailable("no commit within the deadline") from None
+
+    async def _append_refusal(self, record: AuditRecord) -> bool:
+        """Equal refusals of one second share a record; each is compared with what is in force."""
+        key = (record.client_address, record.service_user_id, record.action, record.reason)
+        if (repeat := self._repeats.get(key)) is None:
+            if len(self._repeats) < MAX_QUEUED_REFUSALS:
+                self._repeats[key] = _Repeat(record)
+                asyncio.get_running_loop().call_later(REPEAT_WINDOW, self._end_repeats, key)
+            return await self._append(record, self._refusals, MAX_QUEUED_REFUSALS)
+        current = record.version is None or await self._append(
+            msgspec.structs.replace(record, repeats=0), self._refusals, MAX_QUEUED_REFUSALS
+        )
+        repeat.count += current
+        return current
+
+    def _end_repeats(self, key: tuple[str | None, ...]) -> None:
+        repeat = self._repeats.pop(key)
+        if repeat.count == 0:
+            return
+        # Each was compared when it was refused: what is written now only says how many they were.
+        record = msgspec.structs.replace(
+            repeat.record,
+            id=UUID(int=uuid_utils.uuid7().int),
+            version=None,
+            actor_version=None,
+            repeats=repeat.count,
+        )
+        recorded = asyncio.get_running_loop().create_future()
+        recorded.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._refusals.append(_Waiting(record, recorded))
+        self._arrived.set()
+
+    async def run(self) -> None:
+        """Commit what is appended until cancelled; each writer connects again by itself."""
+        async with asyncio.TaskGroup() as tasks:
+            for writer in self._writers:
+                tasks.create_task(self._keep_writing(writer))
+
+    async def drain(self) -> None:
+        """Return when all that was appended is settled; for an orderly stop, after the requests."""
+        for key in tuple(self._repeats):
+            self._end_repeats(key)
+        while self.available and (self._grants or self._refusals):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    async def _keep_writing(self, writer: RecordWriter) -> None:
+        failures = 0
+        while True:
+            try:
+                await writer.open()
+            except StoreUnavailable as error:
+                if failures == 0:
+                    log.warning("audit_writer_disconnected", error=str(error))
+                await asyncio.sleep(_RECONNECT_DELAYS[min(failures, len(_RECONNECT_DELAYS) - 1)])
+                failures += 1
+                continue
+            failures = 0
+            self._connected += 1
+            try:
+                while await self._write_batch(writer):
+                    pass
+            finally:
+                self._connected -= 1
+                await writer.close()
+                if not self.available:
+                    self._fail_all()
+
+    async def _write_batch(self, writer: RecordWriter) -> bool:
+        """Settle one batch; return False when the writer has lost its connection."""
+        while not (batch := self._take()):
+            self._arrived.clear()
+            await self._arrived.wait()
+        try:
+            verdicts = await writer.commit([waiting.record for waiting in batch])
+        except RecordsRejected:
+            return await self._write_singly(writer, batch)
+        except StoreUnavailable:
+            _fail(batch)
+            return False
+        except asyncio.CancelledError:
+            _fail(batch)
+            raise
+        metrics.audit_batch_records.observe(len(batch))
+        for waiting, recorded in zip(batch, verdicts, strict=True):
+            _settle(waiting, recorded)
+        return True
+
+    async def _write_singly(self, writer: RecordWriter, batch: list[_Waiting]) -> bool:
+        """One record that Postgres refuses must not take its neighbours with it."""
+        for index, waiting in enumerate(batch):
+            try:
+                (recorded,) = await writer.commit([waiting.record])
+            except RecordsRejected as error:
+                metrics.audit_records_rejected.inc()
+                log.error("audit_record_rejected", action=waiting.record.action, error=str(error))
+                _fail([waiting])
+            except StoreUnavailable:
+                _fail(batch[index:])
+                return False
+            else:
+                _settle(waiting, recorded)
+        return True
+
+    def _take(self) -> list[_Waiting]:
+        """Grants first: a flood of refusals delays nobody who is entitled."""
+        batch: list[_Waiting] = []
+        for lane in (self._grants, self._refusals):
+            while lane and len(batch) < MAX_BATCH:
+                waiting = lane.popleft()
+                # Whoever waited too long has given up: a record for nobody would only mislead.
+                if not waiting.recorded.done():
+                    batch.append(waiting)
+        return batch
+
+    def _fail_all(self) -> None:
+        while batch := self._take():
+            _fail(batch)
+
+
+def _settle(waiting: _Waiting, recorded: bool) -> None:
+    if not waiting.recorded.done():
+        waiting.recorded.set_result(recorded)
+    metrics.audit_records.labels(waiting.record.outcome if recorded else "stale").inc()
+
+
+def _fail(batch: list[_Waiting]) -> None:
+    metrics.audit_records.labels("failed").inc(len(batch))
+    for waiting in batch:
+        if not waiting.recorded.done():
+            waiting.recorded.set_exception(AuditUnavailable("the commit failed"))

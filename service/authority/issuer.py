@@ -1,0 +1,336 @@
+"""Tokens: who gets which, decided on a version and handed out only when that is on record.
+
+Knows no HTTP and no SQL, and holds no private key.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+from uuid import UUID
+
+from msgspec import UNSET, Struct
+
+from keys.keyring import KeyRing, SigningKey
+from keys.secret import Secret
+from keys.token import Actor, Claims, UnsignedToken, unsigned_token
+from service.authority.audit import (
+    Action,
+    AuditLog,
+    AuditRecord,
+    Outcome,
+    new_record_id,
+    personal,
+)
+from service.authority.client_auth import authenticate
+from service.authority.errors import (
+    AuditUnavailable,
+    Forbidden,
+    NotFound,
+    OAuthError,
+    OAuthErrorCode,
+    StoreUnavailable,
+    TemporarilyUnavailable,
+)
+from service.authority.model import (
+    CLIENT_ID,
+    AccessToken,
+    AdminScope,
+    ClientAddress,
+    Clock,
+    Credential,
+    ServiceUser,
+    Status,
+    Subject,
+    TokenRequest,
+)
+from service.authority.operators import Operator, Operators
+
+
+class Directory(Protocol):
+    """Reads service users, from memory or from Postgres."""
+
+    async def cached(self, client_id: str) -> Subject:
+        """Return what this process last read; a change elsewhere may have overtaken it."""
+        ...
+
+    async def fresh(self, client_id: str) -> Subject:
+        """Return what is committed now; raise StoreUnavailable."""
+        ...
+
+
+class KeyRings(Protocol):
+    """Reads the ring of signing keys, from memory or from Postgres."""
+
+    async def cached(self) -> KeyRing:
+        """Return the ring that this process last read."""
+        ...
+
+    async def fresh(self) -> KeyRing:
+        """Return the ring that is committed now; raise StoreUnavailable."""
+        ...
+
+
+class Decision(Struct, frozen=True, kw_only=True):
+    """What will be answered if, and only if, `record` can be committed."""
+
+    record: AuditRecord
+    grant: "Grant | OAuthError"
+
+
+class Grant(Struct, frozen=True, kw_only=True):
+    """A token that lacks its signature."""
+
+    unsigned: UnsignedToken
+    claims: Claims
+    key: SigningKey
+    credential: Credential | None = None
+
+    async def sign(self) -> AccessToken:
+        """Return the token; it must not leave before its record is durable."""
+        assert self.key.signer is not None
+        signature = await self.key.signer.sign(self.unsigned.signing_input)
+        return AccessToken(
+            token=Secret(self.unsigned.signed(signature)),
+            jti=self.claims.jti,
+            expires_in=self.claims.exp - self.claims.iat,
+            expires_at=self.claims.exp,
+            scope=self.claims.scope,
+            credential_expires_at=self.credential.expires_at if self.credential else None,
+        )
+
+
+class TokenIssuer:
+    """Exchanges credentials for tokens, and mints them for operators."""
+
+    def __init__(
+        self,
+        *,
+        issuer: str,
+        api_audience: str,
+        directory: Directory,
+        keys: KeyRings,
+        audit: AuditLog,
+        operators: Operators,
+        clock: Clock,
+    ) -> None:
+        self._terms = Terms(issuer=issuer, api_audience=api_audience)
+        self._directory = directory
+        self._keys = keys
+        self._audit = audit
+        self._operators = operators
+        self._clock = clock
+
+    async def exchange(self, request: TokenRequest) -> AccessToken:
+        """Return a token whose record is durable (RFC 6749 §4.4).
+
+        Raise OAuthError for a refusal, which is on record too, and TemporarilyUnavailable when
+        neither a grant nor a refusal can be proven.
+        """
+
+        async def decide(subject: Subject, key: SigningKey) -> Decision:
+            return decide_exchange(request, subject, key, self._terms, self._clock())
+
+        return await self._issue(request.client_id, decide)
+
+    async def mint(
+        self,
+        operator: Operator,
+        service_user_id: str,
+        *,
+        scope: str | None,
+        resource: str | None,
+        origin: ClientAddress,
+    ) -> AccessToken:
+        """Return a token of `service_user_id`, made by hand; `act.sub` names the operator.
+
+        Raise Forbidden for a service user with an admin scope, OAuthError for a scope or a
+        resource beyond its grant, NotFound, and TemporarilyUnavailable.
+        """
+
+        async def decide(subject: Subject, key: SigningKey) -> Decision:
+            present = await self._operators.present(operator)
+            user = mintable(present, subject)
+            audience, granted = narrow(user, scope, resource, self._terms.api_audience)
+            return grant(
+                user, key, self._terms, self._clock(), audience, granted, origin, minter=present
+            )
+
+        return await self._issue(service_user_id, decide)
+
+    async def refuse(self, error: OAuthError, origin: ClientAddress) -> None:
+        """Put a refusal on record that needed no look at the directory: a malformed request."""
+        record = refusal(error, origin, self._clock())
+        await self._audit.append_or_count(record)
+
+    async def _issue(
+        self,
+        client_id: str,
+        decide: Callable[[Subject, SigningKey], Awaitable[Decision]],
+    ) -> AccessToken:
+        try:
+            for directory, keys in (
+                (self._directory.cached, self._keys.cached),
+                (self._directory.fresh, self._keys.fresh),
+            ):
+                subject, ring = await directory(client_id), await keys()
+                if ring.active is None or ring.active.signer is None:
+                    continue
+                decision = await decide(subject, ring.active)
+                if isinstance(decision.grant, OAuthError):
+                    if await self._audit.append(decision.record):
+                        raise decision.grant
+                else:
+                    recorded, token = await asyncio.gather(
+                        self._audit.append(decision.record), decision.grant.sign()
+                    )
+                    if recorded:
+                        return token
+        except (StoreUnavailable, AuditUnavailable) as error:
+            raise TemporarilyUnavailable(str(error)) from error
+        raise TemporarilyUnavailable("what was decided on changed twice while it was decided")
+
+
+class Terms(Struct, frozen=True, kw_only=True):
+    """What every token of this authority has in common."""
+
+    issuer: str
+    api_audience: str
+
+
+def decide_exchange(
+    request: TokenRequest, subject: Subject, key: SigningKey, terms: Terms, now: float
+) -> Decision:
+    """Decide one exchange: pure but for the randomness of the `jti`."""
+    try:
+        principal = authenticate(subject, request.client_secret, now)
+        user = principal.service_user
+        audience, scope = narrow(user, request.scope, request.resource, terms.api_audience)
+    except OAuthError as error:
+        record = refusal(error, request.origin, now, client_id=request.client_id, subject=subject)
+        return Decision(record=record, grant=error)
+    return grant(
+        user, key, terms, now, audience, scope, request.origin, credential=principal.credential
+    )
+
+
+def narrow(
+    user: ServiceUser, scope: str | None, resource: str | None, api_audience: str
+) -> tuple[str, str]:
+    """Return the audience and the scope of a token: what was asked for, if it was granted.
+
+    Raise OAuthError: `invalid_target` (RFC 8707 §2) or `invalid_scope` (RFC 6749 §5.2). Admin
+    scopes appear only with the admin API's audience, and no other scope does.
+    """
+    audience = user.audiences[0] if resource is None else resource
+    if audience not in user.audiences:
+        raise OAuthError(
+            OAuthErrorCode.INVALID_TARGET,
+            f"This service user may ask for tokens for: {', '.join(user.audiences)}.",
+        )
+    granted = user.scopes_for(audience, api_audience)
+    if scope is None:
+        return audience, " ".join(granted)
+    requested = scope.split(" ")
+    if beyond := [name for name in requested if name not in granted]:
+        raise OAuthError(
+            OAuthErrorCode.INVALID_SCOPE,
+            f"Not granted for {audience}: {beyond[0][:64] or 'an empty scope'}. "
+            f"Granted: {' '.join(granted) or 'none'}.",
+        )
+    return audience, " ".join(name for name in granted if name in requested)
+
+
+def mintable(operator: Operator, subject: Subject) -> ServiceUser:
+    """Return the service user for whom this operator may mint; raise NotFound or Forbidden."""
+    operator.require(AdminScope.TOKENS_MINT)
+    user = subject.service_user
+    if user is None:
+        raise NotFound("There is no such service user.")
+    if user.admin_scopes:
+        raise Forbidden(
+            f"{user.name} holds {min(user.admin_scopes)}: tokens for operators are never minted."
+        )
+    if user.status is not Status.ACTIVE:
+        raise Forbidden(f"{user.name} is disabled. Enable it first.")
+    return user
+
+
+def grant(
+    user: ServiceUser,
+    key: SigningKey,
+    terms: Terms,
+    now: float,
+    audience: str,
+    scope: str,
+    origin: ClientAddress,
+    *,
+    credential: Credential | None = None,
+    minter: Operator | None = None,
+) -> Decision:
+    """Return the token to sign and the record that must be durable before it leaves."""
+    record_id: UUID = new_record_id(now)
+    iat = int(now)
+    claims = Claims(
+        iss=terms.issuer,
+        sub=user.id,
+        client_id=user.id,
+        aud=audience,
+        exp=iat + min(user.token_lifetime, key.lifetime_cap or 0),
+        iat=iat,
+        jti=str(record_id),
+        scope=scope,
+        service_user=user.name,
+        source_system=user.source_system,
+        act=UNSET if minter is None else Actor(sub=minter.service_user.id),
+    )
+    unsigned = unsigned_token(key.kid, claims)
+    record = AuditRecord(
+        id=record_id,
+        action=Action.TOKEN_ISSUE if minter is None else Action.TOKEN_MINT,
+        outcome=Outcome.SUCCESS,
+        service_user_id=user.id,
+        service_user=user.name,
+        source_system=user.source_system,
+        version=user.version,
+        credential_id=credential.id if credential else None,
+        kid=key.kid,
+        iat=claims.iat,
+        exp=claims.exp,
+        aud=audience,
+        scope=scope,
+        signing_input_sha256=unsigned.sha256,
+        **({} if minter is None else minter.as_actor()),
+        **personal(origin),
+    )
+    return Decision(
+        record=record,
+        grant=Grant(unsigned=unsigned, claims=claims, key=key, credential=credential),
+    )
+
+
+def refusal(
+    error: OAuthError,
+    origin: ClientAddress,
+    now: float,
+    *,
+    client_id: str | None = None,
+    subject: Subject | None = None,
+) -> AuditRecord:
+    """Return the record of a refused exchange.
+
+    A `client_id` that does not have the form of one is left out: it may be a secret that was put
+    into the wrong field.
+    """
+    user = subject.service_user if subject else None
+    known_form = client_id is not None and CLIENT_ID.fullmatch(client_id) is not None
+    return AuditRecord(
+        id=new_record_id(now),
+        action=Action.TOKEN_ISSUE,
+        outcome=Outcome.REFUSED,
+        reason=error.reason,
+        service_user_id=client_id if known_form else None,
+        service_user=user.name if user else None,
+        source_system=user.source_system if user else None,
+        version=subject.version if subject and known_form else None,
+        **personal(origin),
+    )

@@ -1,0 +1,209 @@
+"""Drives signing keys through their life: asks `next_step`, carries the answer out, records it.
+
+Decides nothing itself: `keys/keyring.py` does, and the database's guards have the last word.
+"""
+
+import asyncio
+import random
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from typing import Final, Protocol
+
+import msgspec
+import structlog
+from msgspec import Struct
+
+from keys.envelope import EnvelopeError, KeyEncryptionKeys
+from keys.keyring import (
+    Activate,
+    KeyRing,
+    KeyState,
+    Prepare,
+    Retire,
+    RotationPolicy,
+    SigningKey,
+    Step,
+    Wait,
+    next_step,
+)
+from keys.signer import NewKey, Signer, generate, signer_for
+from service import metrics
+from service.authority.audit import Action, AuditRecord, Outcome, new_record_id
+from service.authority.errors import StoreUnavailable
+from service.authority.model import Clock
+
+MAX_STEPS: Final = 16
+
+log = structlog.stdlib.get_logger()
+
+
+class StoredKey(Struct, frozen=True, kw_only=True):
+    """A key as the store has it: its private half sealed, or gone."""
+
+    key: SigningKey
+    signer: str
+    sealed_private: bytes | None
+
+
+class SigningKeyStore(Protocol):
+    """Signing keys in Postgres. A step is guarded by the state that it was decided on, and
+    returns whether this call took it."""
+
+    async def published_keys(self) -> Sequence[StoredKey]:
+        """Return the pending, active and retiring keys; raise StoreUnavailable."""
+        ...
+
+    async def prepare(self, key: NewKey, record: AuditRecord) -> bool: ...
+
+    async def activate(
+        self, kid: str, active_kid: str | None, policy: RotationPolicy, record: AuditRecord
+    ) -> bool: ...
+
+    async def retire(self, kid: str, record: AuditRecord) -> bool: ...
+
+
+class LiveKeyRing:
+    """The ring of this process: read from the store, with the signers opened."""
+
+    def __init__(
+        self,
+        *,
+        store: SigningKeyStore,
+        keks: KeyEncryptionKeys,
+        executor: Executor,
+        clock: Clock,
+    ) -> None:
+        self._store = store
+        self._keks = keks
+        self._executor = executor
+        self._clock = clock
+        self._signers: dict[str, Signer] = {}
+        self._ring = KeyRing()
+        self._read_at = 0.0
+        self.loaded = False
+
+    @property
+    def ring(self) -> KeyRing:
+        """The ring as it was last read."""
+        return self._ring
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was read."""
+        return self._clock() - self._read_at
+
+    async def cached(self) -> KeyRing:
+        """Return the ring as it was last read."""
+        return self._ring
+
+    async def fresh(self) -> KeyRing:
+        """Read the ring and open the keys that are new; raise StoreUnavailable.
+
+        The pending key is opened as soon as it appears: if that fails it is an alarm, weeks
+        before the key must sign.
+        """
+        read_at = self._clock()
+        stored = await self._store.published_keys()
+        if read_at >= self._read_at:
+            self._ring = KeyRing([self._opened(each) for each in stored])
+            self._signers = {kid: s for kid, s in self._signers.items() if kid in self._kids()}
+            self._read_at = read_at
+            self.loaded = True
+            for state in KeyState:
+                count = sum(key.state is state for key in self._ring.keys)
+                metrics.signing_keys.labels(state).set(count)
+        return self._ring
+
+    def _kids(self) -> frozenset[str]:
+        return frozenset(key.kid for key in self._ring.keys if key.signer is not None)
+
+    def _opened(self, stored: StoredKey) -> SigningKey:
+        key = stored.key
+        if stored.sealed_private is None:
+            return key
+        if (signer := self._signers.get(key.kid)) is None:
+            try:
+                signer = signer_for(
+                    stored.signer,
+                    kid=key.kid,
+                    sealed_private=stored.sealed_private,
+                    public_key=key.public_key,
+                    keks=self._keks,
+                    executor=self._executor,
+                )
+            except EnvelopeError as error:
+                log.error("signing_key_unusable", kid=key.kid, state=key.state, error=str(error))
+                return key
+            self._signers[key.kid] = signer
+        return msgspec.structs.replace(key, signer=signer)
+
+
+class KeyRotator:
+    """Takes the steps that are due. Every process has one; for each step one of them acts."""
+
+    def __init__(
+        self,
+        *,
+        keys: LiveKeyRing,
+        store: SigningKeyStore,
+        keks: KeyEncryptionKeys,
+        policy: RotationPolicy,
+        key_bits: int,
+        clock: Clock,
+    ) -> None:
+        self._keys = keys
+        self._store = store
+        self._keks = keks
+        self._policy = policy
+        self._key_bits = key_bits
+        self._clock = clock
+
+    async def run(self, poll: float) -> None:
+        """Re-read the ring every `poll` seconds and take what is due, until cancelled."""
+        while True:
+            try:
+                await self.tick()
+            except StoreUnavailable as error:
+                log.warning("ring_not_read", error=str(error), age_s=round(self._keys.age))
+            metrics.ring_age_seconds.set(self._keys.age)
+            # Processes that started together must not ask together for ever.
+            await asyncio.sleep(poll * random.uniform(0.8, 1.0))  # noqa: S311
+
+    async def tick(self) -> Step:
+        """Read the ring and take steps until there is nothing to do; return that last Wait."""
+        ring = await self._keys.fresh()
+        for _ in range(MAX_STEPS):
+            step = next_step(ring, self._policy, self._clock())
+            if isinstance(step, Wait):
+                return step
+            await self._take(step, ring)
+            ring = await self._keys.fresh()
+        raise AssertionError("the key ring does not come to rest")
+
+    async def _take(self, step: Prepare | Activate | Retire, ring: KeyRing) -> None:
+        match step:
+            case Prepare():
+                # Prime numbers take up to seconds: not on the event loop.
+                key = await asyncio.to_thread(generate, self._key_bits, self._keks)
+                kid = key.kid
+                record = self._record(Action.SIGNING_KEY_PREPARE, kid)
+                taken = await self._store.prepare(key, record)
+            case Activate(kid=kid):
+                active = ring.active.kid if ring.active else None
+                record = self._record(Action.SIGNING_KEY_ACTIVATE, kid)
+                taken = await self._store.activate(kid, active, self._policy, record)
+            case Retire(kid=kid):
+                record = self._record(Action.SIGNING_KEY_RETIRE, kid)
+                taken = await self._store.retire(kid, record)
+        if taken:
+            log.info("signing_key_step", step=type(step).__name__.lower(), kid=kid)
+
+    def _record(self, action: Action, kid: str) -> AuditRecord:
+        return AuditRecord(
+            id=new_record_id(self._clock()),
+            action=action,
+            outcome=Outcome.SUCCESS,
+            actor="privyseal",
+            kid=kid,
+            details={"cause": "schedule"},
+        )

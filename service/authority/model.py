@@ -1,0 +1,171 @@
+"""The nouns of the authority: who may get tokens, with what, and what they get.
+
+Holds no rule that decides a request. What a rule needs of the store is a Protocol beside it.
+"""
+
+import re
+import secrets
+from base64 import b32encode
+from collections.abc import Callable
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Final
+
+from msgspec import Meta, Struct
+
+from keys.secret import Secret
+
+Clock = Callable[[], float]
+"""Seconds since the epoch, UTC, corrected by the offset to Postgres."""
+
+# The forms of every field, as JSON Schema patterns; migrations/0001 states them once more for
+# the tables. Control characters never get this far: no string of a request may hold one.
+ServiceUserId = Annotated[str, Meta(pattern="^su_[a-z2-7]{24}$", examples=["su_" + "a2" * 12])]
+CredentialId = Annotated[str, Meta(pattern="^cr_[a-z2-7]{24}$", examples=["cr_" + "a2" * 12])]
+Name = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9._-]{0,62}$", examples=["vkyc-prod"])]
+SourceSystem = Annotated[str, Meta(pattern="^[a-z][a-z0-9_]{0,62}$", examples=["vkyc"])]
+Line = Annotated[str, Meta(max_length=200)]
+Label = Annotated[str, Meta(min_length=1, max_length=100, examples=["2026 autumn"])]
+Text = Annotated[str, Meta(max_length=1000)]
+Scope = Annotated[str, Meta(pattern="^[a-z][a-z0-9:._-]{0,63}$", examples=["ingest:write"])]
+# RFC 8707 §2: an absolute URI without fragment.
+Audience = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-z][a-z0-9+.-]{0,31}:[A-Za-z0-9._~:/?@!$&'()*+,;=%-]{1,200}$",
+        examples=["https://ingest.example"],
+    ),
+]
+Scopes = Annotated[list[Scope], Meta(max_length=32)]
+Audiences = Annotated[list[Audience], Meta(min_length=1, max_length=8)]
+TokenLifetime = Annotated[int, Meta(ge=60, le=3600, examples=[900])]
+
+CLIENT_ID: Final = re.compile("su_[a-z2-7]{24}")
+MAX_LIVE_CREDENTIALS: Final = 10
+
+
+class AdminScope(StrEnum):
+    """What an operator may do; granted only with the admin API's audience."""
+
+    SERVICE_USERS_READ = "service-users:read"
+    SERVICE_USERS_WRITE = "service-users:write"
+    TOKENS_MINT = "tokens:mint"
+    SIGNING_KEYS_READ = "signing-keys:read"
+    SIGNING_KEYS_ROTATE = "signing-keys:rotate"
+    SIGNING_KEYS_REVOKE = "signing-keys:revoke"
+    AUDIT_READ = "audit:read"
+    AUDIT_REPORT = "audit:report"
+
+
+ADMIN_SCOPES: Final = frozenset(AdminScope)
+
+
+class Status(StrEnum):
+    """Whether a service user may get tokens."""
+
+    ACTIVE = "active"
+    DISABLED = "disabled"
+
+
+class ServiceUser(Struct, frozen=True, kw_only=True):
+    """A machine that may get tokens, or an operator; `version` rises with any change to it."""
+
+    id: str
+    name: str
+    source_system: str
+    owner: str
+    contact: str
+    description: str
+    scopes: tuple[str, ...]
+    audiences: tuple[str, ...]
+    token_lifetime: int
+    status: Status
+    version: int
+    created_at: datetime
+
+    @property
+    def admin_scopes(self) -> frozenset[str]:
+        """The scopes that open something in the admin API."""
+        return ADMIN_SCOPES.intersection(self.scopes)
+
+    def scopes_for(self, audience: str, api_audience: str) -> tuple[str, ...]:
+        """The scopes that a token for `audience` may carry, in the order of the grant."""
+        admin = audience == api_audience
+        return tuple(scope for scope in self.scopes if (scope in ADMIN_SCOPES) == admin)
+
+
+class Credential(Struct, frozen=True, kw_only=True):
+    """One secret of a service user, as its SHA-256 (32 bytes)."""
+
+    id: str
+    service_user_id: str
+    label: str
+    secret_sha256: bytes
+    created_at: datetime
+    expires_at: datetime
+    revoked_at: datetime | None = None
+    last_used_at: datetime | None = None
+
+    def is_live(self, now: float) -> bool:
+        """Whether it may be exchanged at `now` (seconds since the epoch)."""
+        return self.revoked_at is None and now < self.expires_at.timestamp()
+
+
+class Subject(Struct, frozen=True, kw_only=True):
+    """What the store knows of a `client_id`: version 0 and nobody when it knows nothing."""
+
+    service_user: ServiceUser | None = None
+    credentials: tuple[Credential, ...] = ()
+
+    @property
+    def version(self) -> int:
+        """The version on which a decision about this subject is made."""
+        return 0 if self.service_user is None else self.service_user.version
+
+
+class Principal(Struct, frozen=True, kw_only=True):
+    """A service user that proved one of its credentials."""
+
+    service_user: ServiceUser
+    credential: Credential
+
+
+class ClientAddress(Struct, frozen=True, kw_only=True):
+    """From where a request came: its address behind the trusted proxies, its software, its id."""
+
+    address: str
+    user_agent: str
+    request_id: str
+
+
+class TokenRequest(Struct, frozen=True, kw_only=True):
+    """A parsed `client_credentials` request (RFC 6749 §4.4.2, RFC 8707 §2)."""
+
+    client_id: str
+    client_secret: Secret
+    scope: str | None = None
+    resource: str | None = None
+    origin: ClientAddress
+
+
+class AccessToken(Struct, frozen=True, kw_only=True):
+    """A token that is on record and may leave; `token` is the compact JWS itself."""
+
+    token: Secret
+    jti: str
+    expires_in: int
+    expires_at: int
+    scope: str
+    credential_expires_at: datetime | None = None
+
+
+class LiveTokens(Struct, frozen=True, kw_only=True):
+    """How many tokens are still accepted offline, and when the last of them ends."""
+
+    count: int
+    last_ends_at: datetime | None
+
+
+def new_id(prefix: str) -> str:
+    """Return `prefix`, `_` and 24 characters of lowercase base32: 120 random bits."""
+    return f"{prefix}_{b32encode(secrets.token_bytes(15)).decode('ascii').lower()}"

@@ -1,0 +1,142 @@
+"""Operators: from a bearer token of our own to who calls, and what that one may do now.
+
+A signature alone opens nothing here: the token's own issuance record must be found, and the
+service user and the credential behind it must be live.
+"""
+
+import hmac
+from typing import Any, Protocol
+from uuid import UUID
+
+from msgspec import Struct
+
+from keys.keyring import KeyRing
+from keys.verifier import InvalidToken, decode
+from service.authority.errors import Forbidden, Unauthenticated
+from service.authority.model import (
+    ADMIN_SCOPES,
+    AdminScope,
+    Clock,
+    Credential,
+    ServiceUser,
+    Status,
+)
+
+
+class Issuance(Struct, frozen=True, kw_only=True):
+    """What is on record of one issued token, and how its holder stands now."""
+
+    signing_input_sha256: bytes
+    service_user: ServiceUser
+    credential: Credential | None
+
+
+class Issuances(Protocol):
+    """Finds issuance records."""
+
+    async def issuance(self, jti: UUID) -> Issuance | None:
+        """Return what is committed now; raise StoreUnavailable."""
+        ...
+
+
+class CurrentKeys(Protocol):
+    """The ring of this process."""
+
+    async def cached(self) -> KeyRing:
+        """Return the ring that this process last read."""
+        ...
+
+
+class Operator(Struct, frozen=True, kw_only=True):
+    """Who calls the admin API; `scopes` is what the token says and the service user still has."""
+
+    service_user: ServiceUser
+    credential_id: str
+    jti: UUID
+    scopes: frozenset[str]
+
+    def require(self, scope: AdminScope) -> None:
+        """Raise Forbidden unless this operator holds `scope`."""
+        if scope not in self.scopes:
+            raise Forbidden(f"This takes a token with the scope {scope}.", scope)
+
+    def require_all(self, scopes: frozenset[str]) -> None:
+        """Raise Forbidden unless this operator holds each of `scopes`: no road leads upwards."""
+        if beyond := sorted(scopes - self.scopes):
+            raise Forbidden(
+                f"Only who holds {beyond[0]} may give or keep it for someone else.", beyond[0]
+            )
+
+    def as_actor(self) -> dict[str, Any]:
+        """Return the fields of an audit record that say who acted, and on which version."""
+        return {
+            "actor_id": self.service_user.id,
+            "actor": self.service_user.name,
+            "actor_version": self.service_user.version,
+            "actor_credential_id": self.credential_id,
+        }
+
+
+class Operators:
+    """Authenticates the callers of the admin API."""
+
+    def __init__(
+        self,
+        *,
+        issuer: str,
+        api_audience: str,
+        keys: CurrentKeys,
+        issuances: Issuances,
+        clock: Clock,
+        clock_skew: float,
+    ) -> None:
+        self._issuer = issuer
+        self._api_audience = api_audience
+        self._keys = keys
+        self._issuances = issuances
+        self._clock = clock
+        self._clock_skew = clock_skew
+
+    async def authenticate(self, unverified_token: str) -> Operator:
+        """Return whose token this is; raise Unauthenticated, or StoreUnavailable."""
+        ring = await self._keys.cached()
+        try:
+            claims = decode(
+                unverified_token,
+                ring.published,
+                issuer=self._issuer,
+                audience=self._api_audience,
+                now=self._clock(),
+                skew=self._clock_skew,
+            )
+        except InvalidToken as error:
+            raise Unauthenticated(str(error)) from error
+        jti = UUID(claims.jti)
+        issuance = await self._issuances.issuance(jti)
+        if (
+            issuance is None
+            or issuance.service_user.id != claims.sub
+            or not hmac.compare_digest(issuance.signing_input_sha256, claims.signing_input_sha256)
+        ):
+            raise Unauthenticated("This token was not issued here: no record of it exists.")
+        return self._operator(jti, issuance, frozenset(claims.scope))
+
+    async def present(self, operator: Operator) -> Operator:
+        """Return the same operator as of now; raise Unauthenticated if it is live no more."""
+        issuance = await self._issuances.issuance(operator.jti)
+        if issuance is None:
+            raise Unauthenticated("This token was not issued here: no record of it exists.")
+        return self._operator(operator.jti, issuance, operator.scopes)
+
+    def _operator(self, jti: UUID, issuance: Issuance, scopes: frozenset[str]) -> Operator:
+        user, credential = issuance.service_user, issuance.credential
+        if user.status is not Status.ACTIVE:
+            raise Unauthenticated(f"The service user {user.name} is disabled.")
+        if credential is None or not credential.is_live(self._clock()):
+            raise Unauthenticated("The credential behind this token was revoked or has ended.")
+        return Operator(
+            service_user=user,
+            credential_id=credential.id,
+            jti=jti,
+            scopes=scopes & ADMIN_SCOPES & user.admin_scopes,
+        )

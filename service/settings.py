@@ -1,0 +1,311 @@
+"""The settings of one installation, read once from `PRIVYSEAL_*` and frozen.
+
+Opens no file and no connection: whether what is named here exists is for those who use it.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import msgspec
+
+from keys.secret import Secret
+
+PREFIX = "PRIVYSEAL_"
+
+RING_POLL = 10
+"""Seconds after which every process has read the key ring again, NOTIFY or not."""
+
+MAX_TOKEN_LIFETIME = 3600
+"""Seconds: no token lives longer, whatever a service user or a setting says."""
+
+# Read by the client half of the command line and by the tests, not by the server.
+_NOT_OURS = frozenset({"URL", "CLIENT_ID", "CLIENT_SECRET", "REQUIRE_ALL"})
+
+# RFC 8414 §2: no query, no fragment; ours also has no path, so that one comparison of bytes does.
+_ISSUER = re.compile(
+    r"(?P<scheme>https?)://(?P<host>[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::(?P<port>[1-9][0-9]{0,4}))?"
+)
+_AUDIENCE = re.compile(r"[\x21-\x7e]{1,255}")
+_INTEGER = re.compile(r"[0-9]{1,9}")
+_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+_LOG_LEVELS = ("debug", "info", "warning", "error")
+_KEY_BITS = (2048, 3072, 4096)
+
+Network = IPv4Network | IPv6Network
+
+
+class SettingsError(Exception):
+    """Some settings cannot be used; the text has one line for each, and each says what to do."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What an installation may choose. Durations are whole seconds unless the name says days.
+
+    Raises `SettingsError` for whatever would break a promise of the authority.
+    """
+
+    issuer: str = "http://127.0.0.1:8080"
+    database_url: Secret | None = None
+    """`None`: an embedded PostgreSQL under `data_dir`."""
+    data_dir: Path = Path("var")
+    kek_file: Path | None = None
+    """`None`: `data_dir/kek`; read `kek_path`."""
+    audience: str = "ingest"
+    token_lifetime: int = 900
+    jwks_max_age: int = 300
+    key_publish_lead: int = 86_400
+    key_rotation_days: int = 30
+    key_bits: int = 2048
+    clock_skew: int = 60
+    trusted_proxies: tuple[Network, ...] = ()
+    log_level: str = "info"
+    pg_bin: Path | None = None
+    """Directory of other PostgreSQL binaries for the embedded server."""
+
+    def __post_init__(self) -> None:
+        if problems := _problems(self):
+            raise SettingsError(problems)
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> "Settings":
+        """Read every `PRIVYSEAL_*` variable; raise `SettingsError` naming all faults at once.
+
+        An empty variable counts as unset. A variable that nobody reads is refused, because a
+        misspelt setting must not be silent.
+        """
+        problems: list[str] = []
+        given: dict[str, Any] = {}
+        for variable, text in environ.items():
+            name = variable.removeprefix(PREFIX)
+            if name == variable or name in _NOT_OURS:
+                continue
+            if (read := _READERS.get(name)) is None:
+                problems.append(f"{variable} is not a setting. Remove it, or correct its name.")
+            elif text:
+                try:
+                    given[name.lower()] = read(text)
+                except ValueError as error:
+                    problems.append(f"{variable} {error}.")
+        try:
+            settings = cls(**given)
+        except SettingsError as error:
+            raise SettingsError([*problems, *error.problems]) from None
+        if problems:
+            raise SettingsError(problems)
+        return settings
+
+    @property
+    def kek_path(self) -> Path:
+        """The file with the key-encryption keys."""
+        return self.kek_file or self.data_dir / "kek"
+
+    @property
+    def api_audience(self) -> str:
+        """The only `aud` that the admin API accepts."""
+        return f"{self.issuer}/api/v1"
+
+
+def warnings(settings: Settings) -> list[str]:
+    """Return what is allowed but weak, a sentence each, to be logged at every start."""
+    if settings.database_url is None:
+        return []
+    hosts, sslmode = _hosts_and_sslmode(settings.database_url.reveal())
+    if sslmode == "verify-full" or all(map(_is_loopback, hosts)):
+        return []
+    return [
+        f"PRIVYSEAL_DATABASE_URL has sslmode={sslmode}: whoever stands between here and Postgres "
+        "can pretend to be it. Use sslmode=verify-full."
+    ]
+
+
+def _path(text: str) -> Path:
+    if "\0" in text:
+        raise ValueError("must be a path without NUL")
+    return Path(text)
+
+
+def _integer(text: str) -> int:
+    if not _INTEGER.fullmatch(text):
+        raise ValueError("must be a whole number in decimal digits, at most nine of them")
+    return int(text)
+
+
+def _networks(text: str) -> tuple[Network, ...]:
+    networks: list[Network] = []
+    for part in text.split(","):
+        try:
+            networks.append(ip_network(part.strip()))
+        except ValueError:
+            raise ValueError(
+                "must be networks such as 10.0.0.0/8 or fd00::/8 with no bits set beyond the "
+                "prefix, separated by commas"
+            ) from None
+    return tuple(networks)
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "ISSUER": str,
+    "DATABASE_URL": Secret,
+    "DATA_DIR": _path,
+    "KEK_FILE": _path,
+    "AUDIENCE": str,
+    "TOKEN_LIFETIME": _integer,
+    "JWKS_MAX_AGE": _integer,
+    "KEY_PUBLISH_LEAD": _integer,
+    "KEY_ROTATION_DAYS": _integer,
+    "KEY_BITS": _integer,
+    "CLOCK_SKEW": _integer,
+    "TRUSTED_PROXIES": _networks,
+    "LOG_LEVEL": str.lower,
+    "PG_BIN": _path,
+}
+
+
+def _problems(settings: Settings) -> list[str]:
+    return [
+        *_issuer_problems(settings),
+        *_database_problems(settings),
+        *_range_problems(settings),
+        *_key_problems(settings),
+        *_other_problems(settings),
+    ]
+
+
+def _issuer_problems(settings: Settings) -> list[str]:
+    match = _ISSUER.fullmatch(settings.issuer)
+    if not match or int(match["port"] or 0) > 65_535:
+        return [
+            "PRIVYSEAL_ISSUER must be scheme, lower-case host and port only, such as "
+            "https://tokens.example: no path, query, fragment, user name or trailing slash."
+        ]
+    if match["scheme"] == "http" and not _is_loopback(match["host"]):
+        return [
+            "PRIVYSEAL_ISSUER is plain http and not loopback: credentials would travel in the "
+            "clear. Use https."
+        ]
+    return []
+
+
+def _database_problems(settings: Settings) -> list[str]:
+    if settings.database_url is None:
+        issuer = _ISSUER.fullmatch(settings.issuer)
+        if issuer and not _is_loopback(issuer["host"]):
+            return [
+                "PRIVYSEAL_DATABASE_URL is not set, and the embedded PostgreSQL is for loopback "
+                "issuers only. Name a Postgres server."
+            ]
+        return []
+    try:
+        hosts, sslmode = _hosts_and_sslmode(settings.database_url.reveal())
+    except ValueError as error:
+        # The text is ours: the URL, with its password, is never repeated.
+        return [f"PRIVYSEAL_DATABASE_URL {error}."]
+    if sslmode is not None and sslmode not in _SSL_MODES:
+        return [f"PRIVYSEAL_DATABASE_URL must have an sslmode of {', '.join(_SSL_MODES)}."]
+    if sslmode is None and not all(map(_is_loopback, hosts)):
+        return [
+            "PRIVYSEAL_DATABASE_URL is not loopback and names no sslmode. "
+            "Add sslmode=verify-full (and sslrootcert)."
+        ]
+    return []
+
+
+def _range_problems(settings: Settings) -> list[str]:
+    ranges = {
+        "TOKEN_LIFETIME": (60, MAX_TOKEN_LIFETIME, "seconds"),
+        "JWKS_MAX_AGE": (1, 86_400, "seconds"),
+        "KEY_PUBLISH_LEAD": (1, 90 * 86_400, "seconds"),
+        "KEY_ROTATION_DAYS": (1, 366, "days"),
+        "CLOCK_SKEW": (0, 300, "seconds"),
+    }
+    return [
+        f"{PREFIX}{name} must be {low} to {high} {unit}."
+        for name, (low, high, unit) in ranges.items()
+        if not low <= getattr(settings, name.lower()) <= high
+    ]
+
+
+def _key_problems(settings: Settings) -> list[str]:
+    problems: list[str] = []
+    # A verifier may have fetched the set just before a process that polls published the key.
+    least = settings.jwks_max_age + RING_POLL + settings.clock_skew
+    if settings.key_publish_lead < least:
+        problems.append(
+            f"PRIVYSEAL_KEY_PUBLISH_LEAD must be at least {least} seconds (PRIVYSEAL_JWKS_MAX_AGE "
+            f"+ {RING_POLL} + PRIVYSEAL_CLOCK_SKEW), or a rotation would break verifiers."
+        )
+    if settings.key_rotation_days * 86_400 < settings.key_publish_lead:
+        problems.append(
+            "PRIVYSEAL_KEY_ROTATION_DAYS is shorter than PRIVYSEAL_KEY_PUBLISH_LEAD: no key could "
+            "be published long enough before its turn. Raise the first or lower the second."
+        )
+    if settings.key_bits not in _KEY_BITS:
+        problems.append("PRIVYSEAL_KEY_BITS must be 2048, 3072 or 4096.")
+    return problems
+
+
+def _other_problems(settings: Settings) -> list[str]:
+    problems: list[str] = []
+    if not _AUDIENCE.fullmatch(settings.audience):
+        problems.append("PRIVYSEAL_AUDIENCE must be 1 to 255 visible ASCII characters, no space.")
+    elif settings.audience == settings.api_audience:
+        problems.append(
+            "PRIVYSEAL_AUDIENCE is the audience of the admin API. "
+            "Name the service that verifies the tokens."
+        )
+    if any(network.prefixlen == 0 for network in settings.trusted_proxies):
+        problems.append(
+            "PRIVYSEAL_TRUSTED_PROXIES trusts every address, so anybody could write any address "
+            "into the audit log. Name the proxies."
+        )
+    if settings.log_level not in _LOG_LEVELS:
+        problems.append(f"PRIVYSEAL_LOG_LEVEL must be one of {', '.join(_LOG_LEVELS)}.")
+    return problems
+
+
+def _hosts_and_sslmode(url: str) -> tuple[list[str], str | None]:
+    """Return the hosts that a connection URI may lead to, and its `sslmode`.
+
+    Source: PostgreSQL, "Connection URIs". Raises `ValueError` with a text that repeats nothing.
+    """
+    try:
+        parts = urlsplit(url)
+        query = parse_qs(parts.query, strict_parsing=bool(parts.query))
+    except ValueError:
+        raise ValueError("is not a valid URI") from None
+    if parts.scheme not in ("postgresql", "postgres"):
+        raise ValueError("must begin with postgresql://")
+    if "service" in query or "servicefile" in query:
+        raise ValueError("must name its hosts itself, not through a service file")
+    authority = parts.netloc.rpartition("@")[2]
+    hosts = [_without_port(unquote(host)) for host in authority.split(",")] if authority else []
+    for value in query.get("host", []):
+        hosts += value.split(",")
+    if not hosts or not all(hosts):
+        raise ValueError("must name a host")
+    modes = query.get("sslmode", [None])
+    if len(modes) > 1:
+        raise ValueError("names sslmode twice")
+    return hosts, modes[0]
+
+
+def _without_port(host: str) -> str:
+    return host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
+
+
+def _is_loopback(host: str) -> bool:
+    # A directory is that of a Unix-domain socket.
+    if host == "localhost" or host.startswith("/"):
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

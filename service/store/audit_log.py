@@ -1,0 +1,187 @@
+"""Audit records in Postgres: the writers of the group commit, and the reader.
+
+Changes no record and deletes none; the role that it connects as could not.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final
+from uuid import UUID
+
+import asyncpg
+import msgspec
+
+from keys.secret import Secret
+from service import metrics
+from service.authority.audit import (
+    AuditRecord,
+    RecordFilter,
+    RecordsRejected,
+    StoredRecord,
+)
+from service.authority.clock import DatabaseClock
+from service.authority.errors import StoreUnavailable
+from service.authority.operators import Issuance
+from service.store.database import Database, connect, loss_as_unavailable, sqlstate
+from service.store.service_users import SELECT_SUBJECT, as_json, subject
+
+COMMIT_RECORDS = "SELECT recorded, extract(epoch FROM at)::float8 FROM commit_records_1($1, $2)"
+
+SELECT_ISSUANCE = """
+SELECT service_user_id, credential_id, signing_input_sha256
+  FROM audit_records WHERE id = $1 AND action = 'token.issue' AND outcome = 'success'
+"""
+
+_SELECT_RECORDS = """
+SELECT r.id, r.commit_order, r.recorded_at, r.action, r.outcome, r.reason, r.service_user_id,
+       r.service_user, r.source_system, r.version, r.credential_id, r.actor_id, r.actor,
+       r.actor_credential_id, r.kid, r.iat, r.exp, r.aud, r.scope, r.signing_input_sha256,
+       r.request_id, r.repeats, r.details,
+       p.client_address, p.user_agent, p.resource, p.department
+  FROM audit_records r LEFT JOIN audit_personal p ON p.id = r.id
+ WHERE r.commit_order < audit_horizon_1()
+"""
+
+# Field of RecordFilter -> its condition; `{}` is the parameter.
+_CONDITIONS: Final = {
+    "service_user": "r.service_user_id = "
+    "coalesce((SELECT su.id FROM service_users su WHERE su.name = {0}), {0})",
+    "source_system": "r.source_system = {0}",
+    "credential_id": "r.credential_id = {0}",
+    "actor": "(r.actor_id = {0} OR r.actor = {0})",
+    "action": "r.action = {0}",
+    "outcome": "r.outcome = {0}",
+    "request_id": "r.request_id = {0}",
+    "jti": "r.id = {0}",
+    # An id is drawn shortly before its record is committed: its month's partition is enough.
+    "since": "r.recorded_at >= {0} AND r.id >= uuidv7_floor_1({0} - interval '1 hour')",
+    "until": "r.recorded_at < {0} AND r.id < uuidv7_floor_1({0} + interval '1 hour')",
+}
+_TYPES: Final = {"jti": "uuid", "since": "timestamptz", "until": "timestamptz"}
+
+
+class PostgresRecordWriter:
+    """Implements `authority.audit.RecordWriter` on a connection of its own."""
+
+    def __init__(self, dsn: Secret, *, clock: DatabaseClock, clock_skew: int) -> None:
+        self._dsn = dsn
+        self._clock = clock
+        self._clock_skew = clock_skew
+        self._connection: asyncpg.Connection[asyncpg.Record] | None = None
+        self._warned = False
+
+    async def open(self) -> None:
+        """Connect; raise StoreUnavailable."""
+        connection = await connect(self._dsn, application_name="privyseal audit writer")
+        connection.add_log_listener(self._on_notice)
+        self._connection = connection
+        metrics.store_connected.set(1)
+
+    async def close(self) -> None:
+        """Drop the connection, whatever state it is in."""
+        metrics.store_connected.set(0)
+        if self._connection is not None:
+            self._connection.terminate()
+            self._connection = None
+
+    async def commit(self, records: Sequence[AuditRecord]) -> Sequence[bool]:
+        """Commit in one autocommit statement: no client can die holding the fence."""
+        if self._connection is None:
+            raise StoreUnavailable("not connected")
+        self._warned = False
+        sent = self._clock.wall()
+        try:
+            with loss_as_unavailable():
+                row = await self._connection.fetchrow(
+                    COMMIT_RECORDS, as_json(records), self._clock_skew
+                )
+        except asyncpg.PostgresError as error:
+            state = sqlstate(error) or ""
+            if state[:2] in ("22", "23"):
+                raise RecordsRejected(f"SQLSTATE {state}") from None
+            # Deadlock, serialization, anything else: nothing was committed, and nothing leaves.
+            raise StoreUnavailable(f"SQLSTATE {state}") from None
+        if self._warned or row is None:
+            # A standby that did not confirm shows as a WARNING with a commit that succeeded.
+            raise StoreUnavailable("the commit came with a warning: it may not be durable")
+        recorded, at = row
+        self._clock.observe(at, sent=sent, received=self._clock.wall())
+        metrics.clock_offset_seconds.set(self._clock.offset)
+        return recorded
+
+    def _on_notice(self, _: object, notice: asyncpg.PostgresLogMessage) -> None:
+        if getattr(notice, "severity_en", None) == "WARNING":
+            self._warned = True
+
+
+class AuditRecords:
+    """Implements `authority.audit.RecordReader` and `authority.operators.Issuances`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def issuance(self, jti: UUID) -> Issuance | None:
+        """Return the issuance of this token and how its holder stands now."""
+        async with self._database.connection() as connection:
+            record = await connection.fetchrow(SELECT_ISSUANCE, jti)
+            if record is None:
+                return None
+            holder = subject(await connection.fetch(SELECT_SUBJECT, record["service_user_id"]))
+        if holder.service_user is None:
+            return None
+        return Issuance(
+            signing_input_sha256=record["signing_input_sha256"],
+            service_user=holder.service_user,
+            credential=next(
+                (held for held in holder.credentials if held.id == record["credential_id"]), None
+            ),
+        )
+
+    async def read(
+        self, wanted: RecordFilter, *, cursor: str | None, newest_first: bool, limit: int
+    ) -> Sequence[StoredRecord]:
+        """Return records beyond the cursor, in the order of their commits or against it."""
+        conditions: list[str] = []
+        arguments: list[Any] = []
+
+        def parameter(value: object, kind: str) -> str:
+            arguments.append(value)
+            return f"${len(arguments)}::{kind}"
+
+        for name, value in msgspec.structs.asdict(wanted).items():
+            if value is not None:
+                placeholder = parameter(value, _TYPES.get(name, "text"))
+                conditions.append(_CONDITIONS[name].format(placeholder))
+        if cursor is not None:
+            commit_order, record_id = parse_cursor(cursor)
+            conditions.append(
+                f"(r.commit_order, r.id) {'<' if newest_first else '>'} "
+                f"({parameter(commit_order, 'bigint')}, {parameter(record_id, 'uuid')})"
+            )
+        direction = "DESC" if newest_first else "ASC"
+        query = (
+            _SELECT_RECORDS
+            + "".join(f"   AND {condition}\n" for condition in conditions)
+            + f" ORDER BY r.commit_order {direction}, r.id {direction}"
+            + f" LIMIT {parameter(limit, 'integer')}"
+        )
+        async with self._database.connection() as connection:
+            return [_stored_record(row) for row in await connection.fetch(query, *arguments)]
+
+
+def parse_cursor(cursor: str) -> tuple[int, UUID]:
+    """Return commit order and id; raise ValueError for what never was a cursor of ours."""
+    commit_order, _, record_id = cursor.partition(".")
+    if not (commit_order.isascii() and commit_order.isdecimal() and len(commit_order) <= 18):
+        raise ValueError("not a cursor of this log")
+    return int(commit_order), UUID(record_id)
+
+
+def _stored_record(row: asyncpg.Record) -> StoredRecord:
+    fields = dict(row)
+    digest = fields.pop("signing_input_sha256")
+    return StoredRecord(
+        cursor=f"{fields.pop('commit_order')}.{row['id']}",
+        details=msgspec.json.decode(fields.pop("details")),
+        signing_input_sha256=None if digest is None else digest.hex(),
+        **fields,
+    )

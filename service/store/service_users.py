@@ -1,0 +1,230 @@
+"""Service users and credentials in Postgres, and the directory that keeps them in memory.
+
+Judges nothing: an act that was decided on an old version is refused by the database.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import asyncpg
+import msgspec
+
+from service import metrics
+from service.authority.audit import AuditRecord
+from service.authority.errors import Conflict
+from service.authority.model import Credential, LiveTokens, ServiceUser, Status, Subject
+from service.store.database import Database, sqlstate
+
+_COLUMNS = """su.id, su.name, su.source_system, su.owner, su.contact, su.description, su.scopes,
+    su.audiences, su.token_lifetime, su.status, su.version, su.created_at"""
+
+SELECT_SUBJECT = f"""
+SELECT {_COLUMNS}, c.id AS credential_id, c.label, c.secret_sha256,
+       c.created_at AS credential_created_at, c.expires_at, c.revoked_at
+  FROM service_users su LEFT JOIN credentials c ON c.service_user_id = su.id
+ WHERE su.id = $1
+"""  # noqa: S608
+
+SELECT_PAGE = f"""
+SELECT {_COLUMNS} FROM service_users su
+ WHERE su.name > $1
+   AND ($3::text IS NULL OR su.source_system = $3)
+   AND ($4::text IS NULL OR su.status = $4)
+ ORDER BY su.name LIMIT $2
+"""  # noqa: S608
+
+SELECT_CREDENTIALS = """
+SELECT c.id, c.service_user_id, c.label, c.secret_sha256, c.created_at, c.expires_at, c.revoked_at,
+       (SELECT r.recorded_at FROM audit_records r
+         WHERE r.credential_id = c.id AND r.action = 'token.issue' AND r.outcome = 'success'
+         ORDER BY r.id DESC LIMIT 1) AS last_used_at
+  FROM credentials c WHERE c.service_user_id = $1
+ ORDER BY c.created_at DESC, c.id
+"""
+
+SELECT_LIVE_TOKENS = """
+SELECT count(*) AS count, to_timestamp(max(exp)) AS last_ends_at FROM audit_records
+ WHERE service_user_id = $1 AND exp > extract(epoch FROM clock_timestamp())
+   AND ($2::text IS NULL OR credential_id = $2)
+"""
+
+CREATE_SERVICE_USER = "SELECT create_service_user_1($1, $2, $3)"
+CHANGE_SERVICE_USER = "SELECT change_service_user_1($1, $2, $3)"
+CREATE_CREDENTIAL = "SELECT create_credential_1($1, $2, $3)"
+REVOKE_CREDENTIAL = "SELECT revoke_credential_1($1, $2, $3)"
+BOOTSTRAP = "SELECT bootstrap_1($1, $2, $3, $4, $5)"
+
+MAX_CACHED: Final = 10_000
+
+
+class ServiceUsers:
+    """Implements `authority.administration.ServiceUserStore`."""
+
+    def __init__(self, database: Database, *, clock_skew: int) -> None:
+        self._database = database
+        self._clock_skew = clock_skew
+
+    async def fresh(self, client_id: str) -> Subject:
+        """Return the service user and its credentials, those that ended included."""
+        async with self._database.connection() as connection:
+            return subject(await connection.fetch(SELECT_SUBJECT, client_id))
+
+    async def page(
+        self, *, after: str, limit: int, source_system: str | None, status: Status | None
+    ) -> Sequence[ServiceUser]:
+        """Return service users in the order of their names."""
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(SELECT_PAGE, after, limit, source_system, status)
+        return [service_user(row) for row in rows]
+
+    async def credentials(self, service_user_id: str) -> Sequence[Credential]:
+        """Return all credentials, the newest first, with their last use."""
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(SELECT_CREDENTIALS, service_user_id)
+        return [Credential(**row) for row in rows]
+
+    async def live_tokens(
+        self, service_user_id: str, credential_id: str | None = None
+    ) -> LiveTokens:
+        """Count the tokens that have not expired, of one credential if it is given."""
+        async with self._database.connection() as connection:
+            row = await connection.fetchrow(SELECT_LIVE_TOKENS, service_user_id, credential_id)
+        assert row is not None
+        return LiveTokens(**row)
+
+    async def create(self, user: ServiceUser, record: AuditRecord) -> bool:
+        """Create a service user; raise Conflict if the name is taken."""
+        return await self._act(CREATE_SERVICE_USER, as_json(user), record)
+
+    async def change(self, user: ServiceUser, record: AuditRecord) -> bool:
+        """Make the service user what `user` says; raise Conflict if the name is taken."""
+        return await self._act(CHANGE_SERVICE_USER, as_json(user), record)
+
+    async def create_credential(self, credential: Credential, record: AuditRecord) -> bool:
+        """Add a credential to its service user."""
+        return await self._act(CREATE_CREDENTIAL, credential_as_json(credential), record)
+
+    async def revoke_credential(self, credential_id: str, record: AuditRecord) -> bool:
+        """Revoke a credential; raise Conflict for the last one that can administer."""
+        return await self._act(REVOKE_CREDENTIAL, credential_id, record)
+
+    async def bootstrap(
+        self,
+        user: ServiceUser,
+        credential: Credential,
+        records: Sequence[AuditRecord],
+        *,
+        force: bool,
+    ) -> bool:
+        """Create the first operator; return False if one lives and `force` is not set."""
+        async with self._database.connection() as connection:
+            return await connection.fetchval(
+                BOOTSTRAP,
+                as_json(user),
+                credential_as_json(credential),
+                as_json(list(records)),
+                force,
+                self._clock_skew,
+            )
+
+    async def _act(self, call: str, what: str, record: AuditRecord) -> bool:
+        """Run one fenced function: one statement, so that its COMMIT is Postgres' business."""
+        try:
+            async with self._database.connection() as connection:
+                return await connection.fetchval(call, what, as_json(record), self._clock_skew)
+        except asyncpg.UniqueViolationError:
+            raise Conflict("This name is taken.") from None
+        except asyncpg.PostgresError as error:
+            if sqlstate(error) != "PV409":
+                raise
+            raise Conflict(
+                "This would leave nobody who can administer: the last live holder of "
+                "service-users:write keeps it. Give it to somebody else first."
+            ) from None
+
+
+class CachedDirectory:
+    """Implements `authority.issuer.Directory`: what it holds is for speed, never for truth."""
+
+    def __init__(self, users: ServiceUsers) -> None:
+        self._users = users
+        self._subjects: dict[str, Subject] = {}
+
+    async def cached(self, client_id: str) -> Subject:
+        """Return the subject from memory, or else read it."""
+        if (subject := self._subjects.get(client_id)) is None:
+            return await self.fresh(client_id)
+        return subject
+
+    async def fresh(self, client_id: str) -> Subject:
+        """Read the subject and keep it. What cannot be an id is nobody, without a read."""
+        if not client_id.startswith("su_") or len(client_id) != 27 or not client_id.isascii():
+            return Subject()
+        metrics.directory_reads.labels("store").inc()
+        subject = await self._users.fresh(client_id)
+        # Oldest out: random ids must not fill the memory.
+        while len(self._subjects) >= MAX_CACHED:
+            del self._subjects[next(iter(self._subjects))]
+        self._subjects[client_id] = subject
+        return subject
+
+    def forget(self, client_id: str) -> None:
+        """Drop one subject: it was changed somewhere."""
+        self._subjects.pop(client_id, None)
+
+    def forget_all(self) -> None:
+        """Drop everything: while nobody listened, anything may have changed."""
+        self._subjects.clear()
+
+
+def subject(rows: Sequence[asyncpg.Record]) -> Subject:
+    """Return the subject of `SELECT_SUBJECT`'s rows."""
+    if not rows:
+        return Subject()
+    user = service_user(rows[0])
+    return Subject(
+        service_user=user,
+        credentials=tuple(
+            Credential(
+                id=row["credential_id"],
+                service_user_id=user.id,
+                label=row["label"],
+                secret_sha256=row["secret_sha256"],
+                created_at=row["credential_created_at"],
+                expires_at=row["expires_at"],
+                revoked_at=row["revoked_at"],
+            )
+            for row in rows
+            if row["credential_id"] is not None
+        ),
+    )
+
+
+def service_user(row: asyncpg.Record) -> ServiceUser:
+    """Return the service user of a row that begins with `_COLUMNS`."""
+    return ServiceUser(
+        id=row["id"],
+        name=row["name"],
+        source_system=row["source_system"],
+        owner=row["owner"],
+        contact=row["contact"],
+        description=row["description"],
+        scopes=tuple(row["scopes"]),
+        audiences=tuple(row["audiences"]),
+        token_lifetime=row["token_lifetime"],
+        status=Status(row["status"]),
+        version=row["version"],
+        created_at=row["created_at"],
+    )
+
+
+def as_json(value: object) -> str:
+    """Return what a `jsonb` parameter takes."""
+    return msgspec.json.encode(value).decode()
+
+
+def credential_as_json(credential: Credential) -> str:
+    """Return a credential as Postgres reads it: bytea in hex, and no field that is computed."""
+    fields: dict[str, Any] = msgspec.structs.asdict(credential)
+    del fields["last_used_at"]
+    return as_json({**fields, "secret_sha256": "\\x" + credential.secret_sha256.hex()})

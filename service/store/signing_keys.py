@@ -1,0 +1,102 @@
+"""Signing keys in Postgres: public halves, sealed private halves, and where each stands.
+
+Opens no private key and decides no step.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+import asyncpg
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_der_public_key,
+)
+
+from keys.keyring import KeyState, RotationPolicy, SigningKey
+from keys.signer import NewKey
+from service.authority.audit import AuditRecord
+from service.authority.key_rotation import StoredKey
+from service.store.database import Database
+from service.store.service_users import as_json
+
+SELECT_PUBLISHED = """
+SELECT kid, state, signer, public_der, sealed_private, published_at, activated_at, rotate_at,
+       lifetime_cap, publish_until
+  FROM signing_keys WHERE state IN ('pending', 'active', 'retiring')
+"""
+
+PREPARE = "SELECT prepare_key_1($1, $2, $3)"
+ACTIVATE = "SELECT activate_key_1($1, $2, $3, $4, $5, $6)"
+RETIRE = "SELECT retire_key_1($1, $2, $3)"
+
+
+class SigningKeys:
+    """Implements `authority.key_rotation.SigningKeyStore`."""
+
+    def __init__(self, database: Database, *, clock_skew: int) -> None:
+        self._database = database
+        self._clock_skew = clock_skew
+
+    async def published_keys(self) -> Sequence[StoredKey]:
+        """Return the pending, active and retiring keys."""
+        async with self._database.connection() as connection:
+            return [_stored_key(row) for row in await connection.fetch(SELECT_PUBLISHED)]
+
+    async def prepare(self, key: NewKey, record: AuditRecord) -> bool:
+        """Publish the next key, unless one stands ready."""
+        der = key.public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        row = {
+            "kid": key.kid,
+            "signer": key.signer,
+            "public_der": "\\x" + der.hex(),
+            "sealed_private": "\\x" + key.sealed_private.hex(),
+        }
+        async with self._database.connection() as connection:
+            return await connection.fetchval(
+                PREPARE, as_json(row), as_json(record), self._clock_skew
+            )
+
+    async def activate(
+        self, kid: str, active_kid: str | None, policy: RotationPolicy, record: AuditRecord
+    ) -> bool:
+        """Let the pending key sign instead of `active_kid`, if both still are what they were."""
+        async with self._database.connection() as connection:
+            return await connection.fetchval(
+                ACTIVATE,
+                kid,
+                active_kid,
+                policy.lifetime_cap,
+                timedelta(seconds=policy.rotation_period),
+                as_json(record),
+                self._clock_skew,
+            )
+
+    async def retire(self, kid: str, record: AuditRecord) -> bool:
+        """Stop publishing a retiring key whose time is over."""
+        async with self._database.connection() as connection:
+            return await connection.fetchval(RETIRE, kid, as_json(record), self._clock_skew)
+
+
+def _stored_key(row: asyncpg.Record) -> StoredKey:
+    public_key = load_der_public_key(row["public_der"])
+    assert isinstance(public_key, RSAPublicKey)
+    return StoredKey(
+        key=SigningKey(
+            kid=row["kid"],
+            state=KeyState(row["state"]),
+            public_key=public_key,
+            published_at=row["published_at"].timestamp(),
+            activated_at=_seconds(row["activated_at"]),
+            rotate_at=_seconds(row["rotate_at"]),
+            lifetime_cap=row["lifetime_cap"],
+            publish_until=_seconds(row["publish_until"]),
+        ),
+        signer=row["signer"],
+        sealed_private=row["sealed_private"],
+    )
+
+
+def _seconds(at: datetime | None) -> float | None:
+    return None if at is None else at.timestamp()

@@ -1,0 +1,128 @@
+"""What every test may use: a migrated database of its own, RSA keys, an event loop.
+
+Starts no part of the service itself.
+"""
+
+import asyncio
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import asyncpg
+import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from keys.secret import Secret
+from service.store.database import MIGRATING, connect
+from service.store.embedded import DATABASE, OWNER, SUPERUSER, EmbeddedPostgres, Running
+from service.store.migrate import migrate
+
+_SERVER = pytest.StashKey[EmbeddedPostgres]()
+_RUNNING = pytest.StashKey[Running]()
+_DATA_DIR = pytest.StashKey[Path]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker of pytest-xdist where the server of the whole run is."""
+    running = _server_of_this_run(node.config)
+    node.workerinput["postgres"] = {
+        "pid": running.pid,
+        "port": running.port,
+        "service_dsn": running.service_dsn.reveal(),
+        "owner_dsn": running.owner_dsn.reveal(),
+        "superuser_dsn": running.superuser_dsn.reveal(),
+    }
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _SERVER in config.stash:
+        config.stash[_SERVER].stop()
+        data_dir = config.stash[_DATA_DIR]
+        shutil.rmtree((data_dir / "postgres").resolve(), ignore_errors=True)  # may be a link
+        shutil.rmtree(data_dir)
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> tuple[str, dict[str, bool]]:
+    return "asyncio", {"use_uvloop": True}
+
+
+@pytest.fixture(scope="session")
+def postgres(pytestconfig: pytest.Config) -> Running:
+    """The server that all tests share; its database `privyseal` is the template: leave it alone."""
+    workerinput: dict[str, Any] | None = getattr(pytestconfig, "workerinput", None)
+    if workerinput is None:
+        return _server_of_this_run(pytestconfig)
+    found = workerinput["postgres"]
+    return Running(
+        pid=found["pid"],
+        port=found["port"],
+        service_dsn=Secret(found["service_dsn"]),
+        owner_dsn=Secret(found["owner_dsn"]),
+        superuser_dsn=Secret(found["superuser_dsn"]),
+    )
+
+
+@pytest.fixture
+def database(postgres: Running) -> Generator[Running, None, None]:
+    """An empty, migrated database for this test alone, with a DSN for each role."""
+    name = f"test_{uuid.uuid4().hex[:16]}"
+    asyncio.run(_administer(postgres, f"CREATE DATABASE {name} TEMPLATE {DATABASE} OWNER {OWNER}"))
+    yield postgres.with_database(name)
+    asyncio.run(_administer(postgres, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture(scope="session")
+def rsa_keys() -> list[rsa.RSAPrivateKey]:
+    """Four RSA-2048 private keys: making one takes long enough to share them."""
+    return [rsa.generate_private_key(public_exponent=65_537, key_size=2048) for _ in range(4)]
+
+
+@pytest.fixture(scope="session")
+def skip_or_fail() -> Callable[[str], NoReturn]:
+    """Call it with what this machine lacks: skips, or fails under PRIVYSEAL_REQUIRE_ALL=1."""
+
+    def decide(reason: str) -> NoReturn:
+        if os.environ.get("PRIVYSEAL_REQUIRE_ALL") == "1":
+            pytest.fail(f"PRIVYSEAL_REQUIRE_ALL=1, but {reason}", pytrace=False)
+        pytest.skip(reason)
+
+    return decide
+
+
+def _server_of_this_run(config: pytest.Config) -> Running:
+    if _RUNNING not in config.stash:
+        data_dir = Path(tempfile.mkdtemp(prefix="privyseal-tests-"))
+        data_dir.chmod(0o711)  # the server may run as another user
+        bin_dir = os.environ.get("PRIVYSEAL_PG_BIN")
+        server = EmbeddedPostgres(data_dir, bin_dir=Path(bin_dir) if bin_dir else None)
+        config.stash[_DATA_DIR] = data_dir
+        config.stash[_SERVER] = server
+        running = server.start()
+        asyncio.run(_migrate(running))
+        config.stash[_RUNNING] = running
+    return config.stash[_RUNNING]
+
+
+async def _migrate(running: Running) -> None:
+    connection = await connect(
+        running.owner_dsn, application_name="tests migrate", deadlines=MIGRATING
+    )
+    try:
+        await migrate(connection)
+    finally:
+        await connection.close(timeout=5)
+
+
+async def _administer(running: Running, statement: str) -> None:
+    dsn = running.with_database(SUPERUSER).superuser_dsn
+    connection = await asyncpg.connect(dsn.reveal(), timeout=10, command_timeout=30)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close(timeout=5)
