@@ -76,19 +76,13 @@ def generate(bits: int, keks: KeyEncryptionKeys) -> NewKey:
     )
 
 
-def signer_for(
-    uri: str,
-    *,
-    kid: str,
-    sealed_private: bytes,
-    public_key: RSAPublicKey,
-    keks: KeyEncryptionKeys,
-    executor: Executor,
-) -> Signer:
-    """Open the signer that `uri` names; raise EnvelopeError if that cannot be done.
+def open_private_key(
+    uri: str, kid: str, sealed_private: bytes, public_key: RSAPublicKey, keks: KeyEncryptionKeys
+) -> RSAPrivateKey:
+    """Return the private half that is kept under `uri`; raise EnvelopeError.
 
-    The private half is compared with the public one: a key that would sign what no verifier
-    accepts must fail here and not in front of a client.
+    It is compared with the public half: a key that would sign what no verifier accepts must fail
+    here and not in front of a client.
     """
     if uri != LOCAL:
         raise EnvelopeError(f"key {kid} has the signer {uri}, which this release does not know")
@@ -98,4 +92,17 @@ def signer_for(
         private_key.public_key().public_numbers() != public_key.public_numbers()
     ):
         raise EnvelopeError(f"key {kid}: its private half does not belong to its public half")
-    return LocalSigner(private_key, executor)
+    return private_key
+
+
+def signer_for(
+    uri: str,
+    *,
+    kid: str,
+    sealed_private: bytes,
+    public_key: RSAPublicKey,
+    keks: KeyEncryptionKeys,
+    executor: Executor,
+) -> Signer:
+    """Open the signer that `uri` names; raise EnvelopeError if that cannot be done."""
+    return LocalSigner(open_private_key(uri, kid, sealed_private, public_key, keks), executor)

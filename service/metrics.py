@@ -3,7 +3,19 @@
 Holds no logic, and no label whose values a caller could choose.
 """
 
-from prometheus_client import Counter, Gauge, Histogram
+import os
+import re
+from pathlib import Path
+
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+    multiprocess,
+)
 
 token_requests = Counter(
     "privyseal_token_requests",
@@ -56,3 +68,18 @@ ring_age_seconds = Gauge(
 signing_keys = Gauge(
     "privyseal_signing_keys", "Signing keys by state.", ["state"], multiprocess_mode="livemax"
 )
+
+
+def exposition() -> bytes:
+    """Return the metrics of all workers in the Prometheus text format."""
+    directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if directory is None:
+        return generate_latest(REGISTRY)
+    for path in Path(directory).glob("gauge_live*.db"):
+        # A worker that was killed could not say good-bye: its gauges would stand for ever.
+        match = re.search(r"_(\d+)\.db$", path.name)
+        if match is not None and not Path(f"/proc/{match[1]}").exists():
+            path.unlink(missing_ok=True)
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry)

@@ -22,6 +22,9 @@ RING_POLL = 10
 MAX_TOKEN_LIFETIME = 3600
 """Seconds: no token lives longer, whatever a service user or a setting says."""
 
+LOCAL_AUDIENCE = "http://127.0.0.1:8081"
+"""The example ingest service; any other installation names its own."""
+
 # Read by the client half of the command line and by the tests, not by the server.
 _NOT_OURS = frozenset({"URL", "CLIENT_ID", "CLIENT_SECRET", "REQUIRE_ALL"})
 
@@ -29,7 +32,8 @@ _NOT_OURS = frozenset({"URL", "CLIENT_ID", "CLIENT_SECRET", "REQUIRE_ALL"})
 _ISSUER = re.compile(
     r"(?P<scheme>https?)://(?P<host>[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::(?P<port>[1-9][0-9]{0,4}))?"
 )
-_AUDIENCE = re.compile(r"[\x21-\x7e]{1,255}")
+# RFC 8707 §2: an absolute URI without fragment.
+_AUDIENCE = re.compile(r"[a-z][a-z0-9+.-]{0,31}:[A-Za-z0-9._~:/?@!$&'()*+,;=%-]{1,200}")
 _INTEGER = re.compile(r"[0-9]{1,9}")
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -58,7 +62,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     data_dir: Path = Path("var")
     kek_file: Path | None = None
     """`None`: `data_dir/kek`; read `kek_path`."""
-    audience: str = "ingest"
+    audience: str = LOCAL_AUDIENCE
     token_lifetime: int = 900
     jwks_max_age: int = 300
     key_publish_lead: int = 86_400
@@ -66,6 +70,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     key_bits: int = 2048
     clock_skew: int = 60
     trusted_proxies: tuple[Network, ...] = ()
+    drain_seconds: int = 0
+    """How long a process that was told to stop is not ready before it stops."""
     log_level: str = "info"
     pg_bin: Path | None = None
     """Directory of other PostgreSQL binaries for the embedded server."""
@@ -164,6 +170,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "KEY_BITS": _integer,
     "CLOCK_SKEW": _integer,
     "TRUSTED_PROXIES": _networks,
+    "DRAIN_SECONDS": _integer,
     "LOG_LEVEL": str.lower,
     "PG_BIN": _path,
 }
@@ -225,6 +232,7 @@ def _range_problems(settings: Settings) -> list[str]:
         "KEY_PUBLISH_LEAD": (1, 90 * 86_400, "seconds"),
         "KEY_ROTATION_DAYS": (1, 366, "days"),
         "CLOCK_SKEW": (0, 300, "seconds"),
+        "DRAIN_SECONDS": (0, 300, "seconds"),
     }
     return [
         f"{PREFIX}{name} must be {low} to {high} {unit}."
@@ -255,11 +263,20 @@ def _key_problems(settings: Settings) -> list[str]:
 def _other_problems(settings: Settings) -> list[str]:
     problems: list[str] = []
     if not _AUDIENCE.fullmatch(settings.audience):
-        problems.append("PRIVYSEAL_AUDIENCE must be 1 to 255 visible ASCII characters, no space.")
+        problems.append(
+            "PRIVYSEAL_AUDIENCE must be an absolute URI without a fragment, "
+            "such as https://ingest.example."
+        )
     elif settings.audience == settings.api_audience:
         problems.append(
             "PRIVYSEAL_AUDIENCE is the audience of the admin API. "
             "Name the service that verifies the tokens."
+        )
+    issuer = _ISSUER.fullmatch(settings.issuer)
+    if settings.audience == LOCAL_AUDIENCE and issuer and not _is_loopback(issuer["host"]):
+        problems.append(
+            "PRIVYSEAL_AUDIENCE is not set, and its default is for trying on one machine. "
+            "Name the service that verifies the tokens, such as https://ingest.example."
         )
     if any(network.prefixlen == 0 for network in settings.trusted_proxies):
         problems.append(

@@ -114,6 +114,7 @@ class JWKSClient:
     async def keys_for_async(self, kid: str) -> Keys:
         """Do as `keys_for` does, without ever blocking the event loop."""
         if (fetch := self._fetch_worth_waiting_for(kid)) is not None:
+            # Unlike wait_for, it does not cancel the fetch for the others when one gives up.
             await asyncio.wait([asyncio.wrap_future(fetch.done)], timeout=self._timeout)
         return self._usable_keys(kid)
 
@@ -155,8 +156,6 @@ class JWKSClient:
         if now < self._next_fetch_at:
             return None
         fetch = _Fetch(done=concurrent.futures.Future(), started_at=now)
-        # From here on nobody who gives up waiting can cancel it for the others.
-        fetch.done.set_running_or_notify_cancel()
         thread = threading.Thread(
             target=self._run, args=(fetch,), name="privyseal-jwks", daemon=True
         )

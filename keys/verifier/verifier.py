@@ -139,5 +139,5 @@ class Verifier:
 
 def _check_issuer(issuer: str) -> None:
     parts = checked_url(issuer)
-    if parts.path or parts.query or issuer != f"{parts.scheme}://{parts.netloc}":
+    if issuer != f"{parts.scheme}://{parts.netloc}":
         raise ValueError(f"issuer: expected an origin without path and query, found {issuer}")

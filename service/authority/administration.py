@@ -380,6 +380,49 @@ class Administration:
         return datetime.fromtimestamp(self._clock(), UTC)
 
 
+def first_operator(
+    name: str, api_audience: str, now: float, reason: str
+) -> tuple[ServiceUser, Credential, Secret, list[AuditRecord]]:
+    """Return an operator with every admin scope, its credential, and the records of both."""
+    created_at = datetime.fromtimestamp(now, UTC)
+    secret = new_secret()
+    user = ServiceUser(
+        id=new_id("su"),
+        name=name,
+        source_system="operators",
+        owner="",
+        contact="",
+        description="",
+        scopes=tuple(AdminScope),
+        audiences=(api_audience,),
+        token_lifetime=900,
+        status=Status.ACTIVE,
+        version=1,
+        created_at=created_at,
+    )
+    credential = Credential(
+        id=new_id("cr"),
+        service_user_id=user.id,
+        label="bootstrap",
+        secret_sha256=secret_sha256(secret),
+        created_at=created_at,
+        expires_at=created_at + DEFAULT_CREDENTIAL_LIFETIME,
+    )
+    record = AuditRecord(
+        id=new_record_id(now),
+        action=Action.OPERATOR_BOOTSTRAP,
+        outcome=Outcome.SUCCESS,
+        reason=reason,
+        service_user_id=user.id,
+        service_user=user.name,
+        source_system=user.source_system,
+        credential_id=credential.id,
+        actor="privyseal bootstrap",
+        details=_rights(user),
+    )
+    return user, credential, secret, [record]
+
+
 def _user(subject: Subject) -> ServiceUser:
     if subject.service_user is None:
         raise NotFound("There is no such service user.")

@@ -5,7 +5,8 @@ Knows no HTTP and no SQL, and holds no private key.
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from datetime import datetime
+from typing import Final, Protocol
 from uuid import UUID
 
 from msgspec import UNSET, Struct
@@ -45,6 +46,9 @@ from service.authority.model import (
 )
 from service.authority.operators import Operator, Operators
 
+ENDS_SOON: Final = 30 * 86_400
+"""Seconds before its end from which each answer says when the credential ends."""
+
 
 class Directory(Protocol):
     """Reads service users, from memory or from Postgres."""
@@ -83,7 +87,7 @@ class Grant(Struct, frozen=True, kw_only=True):
     unsigned: UnsignedToken
     claims: Claims
     key: SigningKey
-    credential: Credential | None = None
+    credential_expires_at: datetime | None
 
     async def sign(self) -> AccessToken:
         """Return the token; it must not leave before its record is durable."""
@@ -95,7 +99,7 @@ class Grant(Struct, frozen=True, kw_only=True):
             expires_in=self.claims.exp - self.claims.iat,
             expires_at=self.claims.exp,
             scope=self.claims.scope,
-            credential_expires_at=self.credential.expires_at if self.credential else None,
+            credential_expires_at=self.credential_expires_at,
         )
 
 
@@ -304,7 +308,14 @@ def grant(
     )
     return Decision(
         record=record,
-        grant=Grant(unsigned=unsigned, claims=claims, key=key, credential=credential),
+        grant=Grant(
+            unsigned=unsigned,
+            claims=claims,
+            key=key,
+            credential_expires_at=credential.expires_at
+            if credential is not None and credential.expires_at.timestamp() - now < ENDS_SOON
+            else None,
+        ),
     )
 
 

@@ -20,10 +20,12 @@ Clock = Callable[[], float]
 
 # The forms of every field, as JSON Schema patterns; migrations/0001 states them once more for
 # the tables. Control characters never get this far: no string of a request may hold one.
-ServiceUserId = Annotated[str, Meta(pattern="^su_[a-z2-7]{24}$", examples=["su_" + "a2" * 12])]
-CredentialId = Annotated[str, Meta(pattern="^cr_[a-z2-7]{24}$", examples=["cr_" + "a2" * 12])]
-Name = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9._-]{0,62}$", examples=["vkyc-prod"])]
-SourceSystem = Annotated[str, Meta(pattern="^[a-z][a-z0-9_]{0,62}$", examples=["vkyc"])]
+SERVICE_USER_ID: Final = "^su_[a-z2-7]{24}$"
+CREDENTIAL_ID: Final = "^cr_[a-z2-7]{24}$"
+NAME: Final = "^[a-z0-9][a-z0-9._-]{0,62}$"
+SOURCE_SYSTEM: Final = "^[a-z][a-z0-9_]{0,62}$"
+Name = Annotated[str, Meta(pattern=NAME, examples=["vkyc-prod"])]
+SourceSystem = Annotated[str, Meta(pattern=SOURCE_SYSTEM, examples=["vkyc"])]
 Line = Annotated[str, Meta(max_length=200)]
 Label = Annotated[str, Meta(min_length=1, max_length=100, examples=["2026 autumn"])]
 Text = Annotated[str, Meta(max_length=1000)]
@@ -149,7 +151,10 @@ class TokenRequest(Struct, frozen=True, kw_only=True):
 
 
 class AccessToken(Struct, frozen=True, kw_only=True):
-    """A token that is on record and may leave; `token` is the compact JWS itself."""
+    """A token that is on record and may leave; `token` is the compact JWS itself.
+
+    `credential_expires_at` is set when the credential behind it ends within 30 days.
+    """
 
     token: Secret
     jti: str

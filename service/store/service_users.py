@@ -117,15 +117,18 @@ class ServiceUsers:
         force: bool,
     ) -> bool:
         """Create the first operator; return False if one lives and `force` is not set."""
-        async with self._database.connection() as connection:
-            return await connection.fetchval(
-                BOOTSTRAP,
-                as_json(user),
-                credential_as_json(credential),
-                as_json(list(records)),
-                force,
-                self._clock_skew,
-            )
+        try:
+            async with self._database.connection() as connection:
+                return await connection.fetchval(
+                    BOOTSTRAP,
+                    as_json(user),
+                    credential_as_json(credential),
+                    as_json(list(records)),
+                    force,
+                    self._clock_skew,
+                )
+        except asyncpg.UniqueViolationError:
+            raise Conflict("This name is taken.") from None
 
     async def _act(self, call: str, what: str, record: AuditRecord) -> bool:
         """Run one fenced function: one statement, so that its COMMIT is Postgres' business."""

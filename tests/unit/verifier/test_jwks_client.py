@@ -188,7 +188,6 @@ BAD_ANSWERS: dict[str, tuple[int, bytes | None, Mapping[str, str]]] = {
     "redirect": (302, None, {"Location": "/jwks.json?again"}),
     "empty set": (200, b'{"keys":[]}', {}),
     "login page": (200, b"<html>", {}),
-    "over 1 MiB": (200, b" " * (1024 * 1024 + 1), {}),
     "cut short": (200, None, {"Content-Length": "100000"}),
     "compressed": (200, b"\x1f\x8b\x08", {"Content-Encoding": "gzip"}),
 }
@@ -266,10 +265,39 @@ def test_nobody_waits_while_a_set_near_its_end_is_fetched_anew(
     eventually(lambda: client.stats()["age_seconds"] == 0)
 
 
-def test_an_idle_service_does_not_accept_a_key_that_was_withdrawn_meanwhile(
-    server: KeyServer, client: JWKSClient, clock: Clock, kid: str, other_key: RSAPrivateKey
+def test_nobody_waits_for_a_server_in_error_while_a_set_is_usable(
+    server: KeyServer, client: JWKSClient, clock: Clock, kid: str
 ) -> None:
     client.keys_for(kid)
+    server.status = 500
+    clock.now += 301
+    client.keys_for(kid)
+    server.released.clear()
+    clock.now += 60
+    started = time.monotonic()
+    for _ in range(100):
+        assert kid in client.keys_for(kid)
+    assert time.monotonic() - started < 0.5
+    eventually(lambda: server.requests == 3)
+
+
+@pytest.mark.parametrize("after_an_error", [False, True])
+def test_an_idle_service_does_not_accept_a_key_that_was_withdrawn_meanwhile(
+    after_an_error: bool,
+    server: KeyServer,
+    client: JWKSClient,
+    clock: Clock,
+    kid: str,
+    other_key: RSAPrivateKey,
+) -> None:
+    client.keys_for(kid)
+    if after_an_error:
+        server.status = 500
+        clock.now += 301
+        client.keys_for(kid)
+        server.status = 200
+        clock.now += 10
+        client.keys_for("unknown")
     server.body = encode_jwks([other_key.public_key()])
     clock.now += 3600
     assert kid not in client.keys_for(kid)
@@ -345,6 +373,14 @@ def test_j4_neither_a_redirect_nor_a_proxy_leads_elsewhere(
             listener.accept()
 
 
+def test_a_body_of_more_than_1_mib_is_not_read(server: KeyServer) -> None:
+    server.body = b" " * 1024 * 1024
+    assert get(server.url, timeout=2).body == server.body
+    server.body += b" "
+    with pytest.raises(FetchFailed, match="at most 1048576 bytes"):
+        get(server.url, timeout=2)
+
+
 def test_a_server_that_drips_is_cut_off() -> None:
     stop = threading.Event()
 
@@ -379,6 +415,33 @@ def test_a_server_that_says_nothing_keeps_nobody_longer_than_the_timeout(
     with pytest.raises(KeysUnavailable):
         client.keys_for(kid)
     assert time.monotonic() - started < 1
+
+
+def test_a_fetch_that_never_ends_is_given_up_and_its_answer_counts_no_more(
+    server: KeyServer, clock: Clock, kid: str, new_kid: str, other_key: RSAPrivateKey
+) -> None:
+    resolved = threading.Event()
+    asked: list[float] = []
+
+    def find_out() -> str:
+        asked.append(clock.now)
+        if len(asked) == 1:
+            resolved.wait(10)
+        return server.url
+
+    client = JWKSClient(find_out, clock=clock, timeout=0.2)
+    for pause in (0, 59):
+        clock.now += pause
+        with pytest.raises(KeysUnavailable, match="no fetch has ended"):
+            client.keys_for(kid)
+    assert len(asked) == 1
+    clock.now += 1
+    assert kid in client.keys_for(kid)
+    server.body = encode_jwks([other_key.public_key()])
+    resolved.set()
+    eventually(lambda: server.requests == 2)
+    time.sleep(0.05)
+    assert new_kid not in client.keys_for(kid)
 
 
 @pytest.mark.anyio

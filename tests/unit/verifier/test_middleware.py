@@ -162,6 +162,7 @@ async def test_unavailable_keys_are_a_503_with_a_time_to_come_back(
     answer = await ask(app, "/", sign(claims))
     assert answer.status_code == 503
     assert int(answer.headers["Retry-After"]) >= 1
+    assert "WWW-Authenticate" not in answer.headers
     assert answer.json()["error"] == "temporarily_unavailable"
     assert "127.0.0.1" not in answer.text
 

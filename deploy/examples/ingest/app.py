@@ -1,0 +1,327 @@
+"""An ingest service that knows who sends a document from the token alone: an example to copy.
+
+It must not ask the authority about a request, nor believe what a request says of its sender.
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, BinaryIO, Self, cast
+
+from privyseal_verifier import BearerMiddleware, Verifier, require_scope
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import Message, Receive
+
+SCOPE = "ingest:write"
+DEPARTMENT_HEADER = "X-Approver-Department"
+MAX_BODY = 10 * 1024 * 1024  # bytes of the whole request: the file and what surrounds it
+MAX_METADATA = 16 * 1024  # bytes
+UPLOAD_DEADLINE = 60.0  # seconds
+
+_BLOCK = 64 * 1024
+_IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Whose tokens are accepted, and where documents go."""
+
+    issuer: str
+    audience: str
+    jwks_uri: str | None
+    """None: where the issuer's metadata says (RFC 8414)."""
+    data_dir: Path
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Self:
+        """Read `INGEST_*`; the defaults are those of an authority on the same machine."""
+        return cls(
+            issuer=environ.get("INGEST_ISSUER") or "http://127.0.0.1:8080",
+            audience=environ.get("INGEST_AUDIENCE") or "http://127.0.0.1:8081",
+            jwks_uri=environ.get("INGEST_JWKS_URI") or None,
+            data_dir=Path(environ.get("INGEST_DATA_DIR") or "var/ingest"),
+        )
+
+
+class NotAccepted(Exception):
+    """A document that is not taken; the text says what was expected and what was found."""
+
+    def __init__(self, status: HTTPStatus, error: str, description: str) -> None:
+        super().__init__(description)
+        self.status = status
+        self.error = error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metadata:
+    """What an integrator says about a document."""
+
+    source_tag: str
+    external_id: str
+    document_category: str
+    department: str
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read exactly the four members; raise NotAccepted for anything else."""
+        expected = [field.name for field in fields(cls)]
+        try:
+            parsed: object = json.loads(text, object_pairs_hook=_distinct)
+        except (ValueError, RecursionError) as error:
+            raise _bad_metadata(f"expected a JSON object, found {error}") from None
+        if not isinstance(parsed, dict):
+            raise _bad_metadata(f"expected a JSON object, found {_shown(parsed)}")
+        members = cast("dict[str, object]", parsed)
+        if {*members} != {*expected}:
+            found = _shown(", ".join(members))
+            raise _bad_metadata(f"expected exactly {', '.join(expected)}, found {found}")
+        return cls(**{name: _identifier(name, members[name]) for name in expected})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attribution:
+    """Who brought which document. Who is told by the token, and `jti` leads to its audit record."""
+
+    document_id: str
+    service_user: str
+    service_user_id: str
+    source_system: str
+    jti: str
+    department: str
+    document_category: str
+    external_id: str
+    size: int
+    sha256: str
+
+
+class Ingest:
+    """Takes documents into `data_dir`, each under a new name with its attribution beside it."""
+
+    def __init__(self, data_dir: Path) -> None:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        self._data_dir = data_dir
+
+    async def upload(self, request: Request) -> Response:
+        """Answer 201 once document and attribution are on disk."""
+        caller = require_scope(request.scope, SCOPE)  # before a byte of the body is read
+        _require_multipart(request)
+        department = _department(request)
+        bounded = Request(request.scope, _at_most(MAX_BODY, request.receive))
+        try:
+            async with (
+                asyncio.timeout(UPLOAD_DEADLINE),
+                bounded.form(max_files=1, max_fields=1, max_part_size=MAX_METADATA) as form,
+            ):
+                file, metadata = _file(form.get("file")), _metadata(form.get("metadata"))
+                if metadata.source_tag != caller.source_system:
+                    raise NotAccepted(
+                        HTTPStatus.FORBIDDEN,
+                        "source_not_allowed",
+                        f"source_tag: expected {_shown(caller.source_system)}, which is the "
+                        f"token's source_system, found {_shown(metadata.source_tag)}",
+                    )
+                if metadata.department != department:
+                    raise NotAccepted(
+                        HTTPStatus.UNPROCESSABLE_ENTITY,
+                        "department_mismatch",
+                        f"{DEPARTMENT_HEADER}: expected {_shown(metadata.department)}, which is "
+                        f"the metadata's department, found {_shown(department)}",
+                    )
+                document_id = uuid.uuid4().hex
+                size, sha256 = await run_in_threadpool(self._store_file, document_id, file.file)
+        except TimeoutError:
+            raise NotAccepted(
+                HTTPStatus.REQUEST_TIMEOUT,
+                "invalid_request",
+                f"expected the whole request within {UPLOAD_DEADLINE:.0f} s, found a part of it",
+            ) from None
+        attribution = Attribution(
+            document_id=document_id,
+            service_user=caller.service_user,
+            service_user_id=caller.sub,
+            source_system=caller.source_system,
+            jti=caller.jti,
+            department=department,
+            document_category=metadata.document_category,
+            external_id=metadata.external_id,
+            size=size,
+            sha256=sha256,
+        )
+        await run_in_threadpool(self._store_attribution, attribution)
+        return JSONResponse(asdict(attribution), HTTPStatus.CREATED)
+
+    def _store_file(self, document_id: str, source: BinaryIO) -> tuple[int, str]:
+        """Copy block by block; return the size in bytes and the SHA-256 in hexadecimal."""
+        digest, size = hashlib.sha256(), 0
+        with (self._data_dir / document_id).open("xb") as target:
+            while block := source.read(_BLOCK):
+                digest.update(block)
+                size += target.write(block)
+            target.flush()
+            os.fsync(target.fileno())
+        return size, digest.hexdigest()
+
+    def _store_attribution(self, attribution: Attribution) -> None:
+        """Write it whole or not at all: a document without one was never accepted."""
+        path = self._data_dir / f"{attribution.document_id}.json"
+        unfinished = path.with_suffix(".part")
+        with unfinished.open("x", encoding="utf-8") as target:
+            json.dump(asdict(attribution), target)
+            target.flush()
+            os.fsync(target.fileno())
+        unfinished.rename(path)
+
+
+def create_app(settings: Settings) -> Starlette:
+    """Put the service together; nothing is fetched before the first token comes."""
+    verifier = Verifier(settings.issuer, settings.audience, settings.jwks_uri)
+    ingest = Ingest(settings.data_dir)
+
+    async def healthz(_: Request) -> Response:
+        return JSONResponse({"alive": True})
+
+    async def metrics(_: Request) -> Response:
+        return PlainTextResponse(prometheus_text(verifier.stats()))
+
+    return Starlette(
+        routes=[
+            Route("/api/v1/ingest", ingest.upload, methods=["POST"]),
+            Route("/healthz", healthz),
+            Route("/metrics", metrics),
+        ],
+        middleware=[
+            Middleware(BearerMiddleware, verifier=verifier, exempt_paths=("/healthz", "/metrics"))
+        ],
+        exception_handlers={
+            NotAccepted: _answer_not_accepted,
+            HTTPException: _answer_http_exception,
+            ClientDisconnect: _answer_nobody,
+        },
+    )
+
+
+def prometheus_text(stats: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the verifier's figures, issuer by issuer, in Prometheus' text format."""
+    lines: list[str] = []
+    for name in sorted({name for figures in stats.values() for name in figures}):
+        gauge = name in ("keys", "age_seconds")
+        metric = f"privyseal_verifier_{name}" if gauge else f"privyseal_verifier_{name}_total"
+        lines.append(f"# TYPE {metric} {'gauge' if gauge else 'counter'}")
+        lines += [
+            f'{metric}{{issuer="{issuer}"}} {float(figures[name])}'.replace(" inf", " +Inf")
+            for issuer, figures in stats.items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _require_multipart(request: Request) -> None:
+    found = request.headers.get("content-type", "")
+    if found.partition(";")[0].strip().lower() != "multipart/form-data":
+        raise NotAccepted(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            "invalid_request",
+            f"Content-Type: expected multipart/form-data, found {_shown(found)}",
+        )
+
+
+def _department(request: Request) -> str:
+    found = request.headers.getlist(DEPARTMENT_HEADER)
+    if len(found) != 1:
+        raise NotAccepted(
+            HTTPStatus.UNPROCESSABLE_ENTITY,
+            "department_mismatch",
+            f"{DEPARTMENT_HEADER}: expected one, found {len(found)}",
+        )
+    return found[0]
+
+
+def _at_most(limit: int, receive: Receive) -> Receive:
+    received = 0
+
+    async def receive_bounded() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > limit:
+            raise NotAccepted(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                "invalid_request",
+                f"expected a request of at most {limit} bytes, found more",
+            )
+        return message
+
+    return receive_bounded
+
+
+def _file(part: UploadFile | str | None) -> UploadFile:
+    if not isinstance(part, UploadFile):
+        raise NotAccepted(
+            HTTPStatus.UNPROCESSABLE_ENTITY,
+            "invalid_request",
+            f"file: expected a part with a file name, found {'text' if part else 'none'}",
+        )
+    return part
+
+
+def _metadata(part: UploadFile | str | None) -> Metadata:
+    if not isinstance(part, str):
+        raise _bad_metadata(f"expected a part with text, found {'a file' if part else 'none'}")
+    return Metadata.from_json(part)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a member that is there twice")
+    return members
+
+
+def _identifier(name: str, value: object) -> str:
+    if not isinstance(value, str) or not _IDENTIFIER.fullmatch(value):
+        raise _bad_metadata(
+            f"{name}: expected up to 128 letters, digits or . _ : -, found {_shown(value)}"
+        )
+    return value
+
+
+def _bad_metadata(description: str) -> NotAccepted:
+    return NotAccepted(
+        HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_metadata", f"metadata: {description}"
+    )
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+async def _answer_not_accepted(_: Request, error: Exception) -> Response:
+    assert isinstance(error, NotAccepted)
+    return JSONResponse({"error": error.error, "error_description": str(error)}, error.status)
+
+
+async def _answer_http_exception(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    content = {"error": "invalid_request", "error_description": error.detail}
+    return JSONResponse(content, error.status_code, error.headers)
+
+
+async def _answer_nobody(_: Request, error: Exception) -> Response:
+    return Response(status_code=HTTPStatus.BAD_REQUEST)  # the client has gone away
+
+
+app = create_app(Settings.from_environ(os.environ))

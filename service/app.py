@@ -1,0 +1,322 @@
+"""The composition root: builds every part of one server process and puts them together.
+
+Decides nothing else.
+"""
+
+import asyncio
+import ctypes
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from types import FrameType
+from typing import Final
+
+import structlog
+from litestar import Litestar, Router
+from litestar.di import Provide
+from litestar.types import ASGIApp, Scope
+
+from keys.envelope import KeyEncryptionKeys
+from keys.keyring import RotationPolicy
+from keys.secret import Secret
+from service import metrics
+from service.authority.administration import Administration
+from service.authority.audit import AuditLog
+from service.authority.clock import DatabaseClock
+from service.authority.errors import StartRefused, StoreUnavailable
+from service.authority.issuer import TokenIssuer
+from service.authority.key_rotation import KeyRotator, LiveKeyRing
+from service.authority.operators import Operators
+from service.http import openapi
+from service.http.admin import (
+    MAX_BODY,
+    ServiceUserController,
+    SigningKeyController,
+    gatekeeper,
+    operator_of,
+    refusal_record,
+)
+from service.http.audit import AuditRecordController
+from service.http.context import RequestContext
+from service.http.errors import EXCEPTION_HANDLERS
+from service.http.token import token_endpoint
+from service.http.well_known import (
+    Health,
+    health_endpoints,
+    jwks_endpoint,
+    metadata,
+    metadata_endpoints,
+)
+from service.logging import configure_logging
+from service.settings import MAX_TOKEN_LIFETIME, RING_POLL, Settings
+from service.store.audit_log import AuditRecords, PostgresRecordWriter
+from service.store.database import Database
+from service.store.embedded import find_running
+from service.store.migrate import require_schema
+from service.store.notifications import ChangeListener
+from service.store.service_users import CachedDirectory, ServiceUsers
+from service.store.signing_keys import SigningKeys
+
+AUDIT_WRITERS: Final = 2
+SIGNING_THREADS: Final = 2
+START_PATIENCE: Final = 5.0
+_RETRY: Final = 1.0
+_UPKEEP: Final = 3600.0
+_PR_SET_PDEATHSIG: Final = 1
+
+log = structlog.stdlib.get_logger()
+
+
+def create_app() -> ASGIApp:
+    """Build the server process that the environment describes; each worker calls this."""
+    _end_with_parent()
+    settings = Settings.from_environ(os.environ)
+    configure_logging(settings.log_level)
+    keks = KeyEncryptionKeys.parse(settings.kek_path.read_text("utf-8"))
+    return Authority(settings, dsn=service_dsn(settings), keks=keks).asgi
+
+
+def service_dsn(settings: Settings) -> Secret:
+    """Return where the store is: as set, or the embedded server that runs under DATA_DIR."""
+    if settings.database_url is not None:
+        return settings.database_url
+    if (running := find_running(settings.data_dir)) is None:
+        raise StartRefused(
+            f"No embedded PostgreSQL runs under {settings.data_dir}. Start `privyseal serve`, or "
+            "set PRIVYSEAL_DATABASE_URL."
+        )
+    return Secret(running.service_dsn)
+
+
+def rotation_policy(settings: Settings) -> RotationPolicy:
+    """Return the policy that the settings describe."""
+    return RotationPolicy(
+        publish_lead=settings.key_publish_lead,
+        rotation_period=settings.key_rotation_days * 86_400,
+        lifetime_cap=MAX_TOKEN_LIFETIME,
+        clock_skew=settings.clock_skew,
+    )
+
+
+class Authority:
+    """All parts of one server process, built but not started: `asgi` is what a server serves."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        dsn: Secret,
+        keks: KeyEncryptionKeys,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        skew = settings.clock_skew
+        self.clock = DatabaseClock(wall)
+        self._dsn = dsn
+        self._signing = ThreadPoolExecutor(SIGNING_THREADS, thread_name_prefix="sign")
+        self.database = Database(dsn, application_name="privyseal")
+        users = ServiceUsers(self.database, clock_skew=skew)
+        signing_keys = SigningKeys(self.database, clock_skew=skew)
+        records = AuditRecords(self.database)
+        self.directory = CachedDirectory(users)
+        self.keys = LiveKeyRing(
+            store=signing_keys, keks=keks, executor=self._signing, clock=self.clock
+        )
+        self.rotator = KeyRotator(
+            keys=self.keys,
+            store=signing_keys,
+            keks=keks,
+            policy=rotation_policy(settings),
+            key_bits=settings.key_bits,
+            clock=self.clock,
+        )
+        self.audit = AuditLog(
+            [
+                PostgresRecordWriter(dsn, clock=self.clock, clock_skew=skew)
+                for _ in range(AUDIT_WRITERS)
+            ]
+        )
+        self.listener = ChangeListener(
+            dsn,
+            on_connect=self._on_listening,
+            on_service_user=self.directory.forget,
+            on_signing_keys=self._on_signing_keys,
+        )
+        operators = Operators(
+            issuer=settings.issuer,
+            api_audience=settings.api_audience,
+            keys=self.keys,
+            issuances=records,
+            clock=self.clock,
+            clock_skew=skew,
+        )
+        issuer = TokenIssuer(
+            issuer=settings.issuer,
+            api_audience=settings.api_audience,
+            directory=self.directory,
+            keys=self.keys,
+            audit=self.audit,
+            operators=operators,
+            clock=self.clock,
+        )
+        administration = Administration(
+            store=users,
+            operators=operators,
+            clock=self.clock,
+            audience=settings.audience,
+            token_lifetime=settings.token_lifetime,
+        )
+        self._schema_ready = asyncio.Event()
+        self._draining = False
+        self._drain_seconds = settings.drain_seconds
+
+        admin_api = Router(
+            "/api/v1",
+            route_handlers=[ServiceUserController, SigningKeyController, AuditRecordController],
+            before_request=gatekeeper(operators),
+            request_max_body_size=MAX_BODY,
+            dependencies={
+                "operator": Provide(operator_of),
+                "administration": _provide(administration),
+                "issuer": _provide(issuer),
+                "records": _provide(records),
+                "clock": _provide(self.clock),
+                "ring": _provide_by(self.keys.cached),
+            },
+            security=[{"bearer": []}],
+        )
+        self.litestar = Litestar(
+            route_handlers=[
+                token_endpoint(issuer),
+                jwks_endpoint(lambda: self.keys.ring, settings.jwks_max_age),
+                *metadata_endpoints(metadata(settings.issuer), settings.jwks_max_age),
+                *health_endpoints(self.health, metrics.exposition),
+                admin_api,
+            ],
+            exception_handlers={**EXCEPTION_HANDLERS},
+            lifespan=[self._running],
+            openapi_config=openapi.config(settings.issuer),
+            logging_config=None,
+        )
+        openapi.complete(self.litestar)
+        self.asgi = RequestContext(
+            self.litestar,
+            trusted_proxies=settings.trusted_proxies,
+            record_refusal=self._record_refusal,
+        )
+
+    def health(self) -> Health:
+        """Return whether this process should get requests. Postgres away is no reason not to."""
+        ring = self.keys.ring
+        schema, key_ring = self._schema_ready.is_set(), self.keys.loaded
+        return Health(
+            ready=schema and key_ring and not self._draining,
+            key_ring=key_ring,
+            schema=schema,
+            draining=self._draining,
+            postgres=self.audit.available,
+            ring_age_seconds=round(self.keys.age, 1) if key_ring else None,
+            signing_kid=ring.active.kid if ring.active and ring.active.signer else None,
+        )
+
+    @asynccontextmanager
+    async def _running(self, _: Litestar) -> AsyncGenerator[None, None]:
+        """Start what runs beside the requests; never fail because Postgres is away."""
+        self._drain_on_sigterm()
+        async with self.database, asyncio.TaskGroup() as tasks:
+            background = [
+                tasks.create_task(work)
+                for work in (
+                    self.audit.run(),
+                    self.listener.run(),
+                    self._keep_prepared(),
+                    self._rotate_when_prepared(),
+                )
+            ]
+            await self._started()
+            yield
+            await self.audit.drain()
+            for task in background:
+                task.cancel()
+        self._signing.shutdown()
+
+    async def _started(self) -> None:
+        """Wait a little for the first look at Postgres, so that a fresh start is ready at once."""
+        deadline = asyncio.get_running_loop().time() + START_PATIENCE
+        while not (self.health().ready and self.audit.available):
+            if asyncio.get_running_loop().time() > deadline:
+                log.warning("started_without_postgres")
+                return
+            await asyncio.sleep(0.02)
+
+    async def _keep_prepared(self) -> None:
+        """Check the schema, then keep the partitions of the audit log ahead of time."""
+        while True:
+            try:
+                async with self.database.connection() as connection:
+                    await require_schema(connection)
+                    await connection.execute("SELECT open_audit_era_1()")
+                    await connection.execute("SELECT extend_audit_partitions_1(3)")
+                self._schema_ready.set()
+                await asyncio.sleep(_UPKEEP)
+            except StartRefused as error:
+                log.error("schema_incompatible", error=str(error))
+                await asyncio.sleep(_RETRY)
+            except StoreUnavailable:
+                await asyncio.sleep(_RETRY)
+
+    async def _rotate_when_prepared(self) -> None:
+        await self._schema_ready.wait()
+        await self.rotator.run(RING_POLL)
+
+    async def _on_listening(self) -> None:
+        self.directory.forget_all()
+        if self._schema_ready.is_set():
+            await self.keys.fresh()
+
+    async def _on_signing_keys(self) -> None:
+        await self.keys.fresh()
+
+    async def _record_refusal(self, scope: Scope) -> None:
+        if "action" in scope["route_handler"].opt:
+            await self.audit.append_or_count(refusal_record(scope, self.clock()))
+
+    def _drain_on_sigterm(self) -> None:
+        """Be not ready for `drain_seconds` before the server stops, so that no request is lost."""
+        stop = signal.getsignal(signal.SIGTERM)
+        if not callable(stop) or self._drain_seconds == 0:
+            return
+        loop = asyncio.get_running_loop()
+
+        def drain(number: int, frame: FrameType | None) -> None:
+            self._draining = True
+            loop.call_soon_threadsafe(loop.call_later, self._drain_seconds, stop, number, frame)
+
+        signal.signal(signal.SIGTERM, drain)
+
+
+def _provide(part: object) -> Provide:
+    async def built() -> object:
+        return part
+
+    return Provide(built)
+
+
+def _provide_by(read: Callable[[], Awaitable[object]]) -> Provide:
+    # A function and no bound method: Litestar copies what it is given, and a method's object too.
+    async def current() -> object:
+        return await read()
+
+    return Provide(current)
+
+
+def _end_with_parent() -> None:
+    """Let a worker end when its parent is killed: it would hold the port for ever."""
+    if multiprocessing.parent_process() is None:
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,346 @@
+"""The commands that run where the database is: serve, migrate, bootstrap, doctor.
+
+Everything that an operator does from elsewhere goes through the API: `client.py`.
+"""
+
+# Nothing here may import prometheus_client before `serve` has set its directory: what does is
+# imported where it is used.
+import asyncio
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final, NoReturn, TypeVar
+
+import asyncpg
+import click
+import structlog
+
+from keys.envelope import EnvelopeError, KeyEncryptionKeys, new_kek_line
+from keys.secret import Secret
+from service.authority.errors import AdminRefusal, StartRefused, StoreUnavailable
+from service.logging import configure_logging
+from service.settings import Settings, SettingsError, warnings
+from service.store.database import MIGRATING, check_server, connect, sqlstate
+from service.store.embedded import EmbeddedPostgres, find_running
+from service.store.migrate import MigrationRefused, migrate, require_schema
+
+GRACEFUL_SHUTDOWN: Final = 30
+KEEP_ALIVE: Final = 65
+
+T = TypeVar("T")
+log = structlog.stdlib.get_logger()
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535))
+@click.option(
+    "--workers", default=1, show_default=True, type=click.IntRange(1, 64), help="Processes."
+)
+def serve(host: str, port: int, workers: int) -> None:
+    """Serve tokens, keys and the admin API.
+
+    Without PRIVYSEAL_DATABASE_URL an embedded PostgreSQL under PRIVYSEAL_DATA_DIR is started,
+    migrated and stopped along with the server: for development and tests.
+
+    \b
+    Examples:
+      privyseal serve
+      PRIVYSEAL_ISSUER=https://tokens.example PRIVYSEAL_DATABASE_URL=... \\
+        privyseal serve --host 0.0.0.0 --workers 2
+    """
+    settings = _settings()
+    configure_logging(settings.log_level)
+    _prepare_metrics(settings.data_dir)
+    for warning in warnings(settings):
+        log.warning("weak_setting", detail=warning)
+    embedded = None
+    if settings.database_url is None:
+        embedded = EmbeddedPostgres(settings.data_dir, bin_dir=settings.pg_bin)
+        running = _refusing(embedded.start)
+        _make_kek(settings.kek_path)
+        _run(_migrated(running.owner_dsn))
+    _run(_preflight(settings))
+    log.info("serving", url=f"http://{host}:{port}", issuer=settings.issuer, workers=workers)
+    try:
+        _serve(host, port, workers)
+    finally:
+        # A courtesy: the embedded server also ends by itself when this process is gone.
+        if embedded is not None:
+            embedded.stop()
+
+
+def _serve(host: str, port: int, workers: int) -> None:
+    import uvicorn
+
+    uvicorn.run(
+        "service.app:create_app",
+        factory=True,
+        host=host,
+        port=port,
+        workers=workers,
+        loop="uvloop",
+        http="httptools",
+        lifespan="on",
+        access_log=False,  # it prints queries
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,  # PRIVYSEAL_TRUSTED_PROXIES decides, in http/context.py
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN,
+    )
+
+
+@click.command(name="migrate")
+def migrate_command() -> None:
+    """Bring the database to the schema of this release.
+
+    PRIVYSEAL_DATABASE_URL names the owner of the schema (privyseal_owner). Servers of the
+    release before go on working.
+    """
+    settings = _settings()
+    if settings.database_url is not None:
+        names = _run(_migrated(settings.database_url))
+    elif (running := find_running(settings.data_dir)) is not None:
+        names = _run(_migrated(Secret(running.owner_dsn)))
+    else:
+        _refuse("Set PRIVYSEAL_DATABASE_URL; the embedded server is migrated by `privyseal serve`.")
+    click.echo("\n".join(names) if names else "Nothing to do: the schema is that of this release.")
+
+
+@click.command()
+@click.option("--name", default="operator", show_default=True, help="Name of the operator.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--recover", is_flag=True, help="Make one although an operator lives; on record.")
+@click.option("--reason", default="", help="Why; needed with --recover.")
+def bootstrap(name: str, as_json: bool, recover: bool, reason: str) -> None:
+    """Make the first operator and print its credential, once.
+
+    Refuses while an operator lives. --recover --reason makes another one all the same, and says
+    so in the audit log.
+    """
+    if recover and not reason.strip():
+        raise click.UsageError("--recover needs --reason: it goes on record.")
+    settings = _settings()
+    client_id, secret = _run(_bootstrapped(settings, name, recover, reason.strip()))
+    if as_json:
+        click.echo(json.dumps({"client_id": client_id, "client_secret": secret.reveal()}))
+        return
+    click.echo(f"export PRIVYSEAL_CLIENT_ID={client_id}")
+    click.echo(f"export PRIVYSEAL_CLIENT_SECRET={secret.reveal()}")
+    click.echo("The secret is shown this once. Try: privyseal service-users list", err=True)
+
+
+@click.command()
+def doctor() -> None:
+    """Check settings, database, keys and clock, and say what to change.
+
+    Exits with 0 if everything is well and with 1 if anything is not.
+    """
+    settings = _settings()
+    failed = False
+    for name, check in _CHECKS.items():
+        try:
+            found, well = asyncio.run(check(settings)), True
+        except (StartRefused, StoreUnavailable, EnvelopeError, OSError) as error:
+            found, well = str(error) or type(error).__name__, False
+        except asyncpg.PostgresError as error:
+            found, well = f"Postgres refused: {type(error).__name__}", False
+        failed = failed or not well
+        mark = click.style("ok  ", fg="green") if well else click.style("FAIL", fg="red")
+        click.echo(f"{mark}  {name:<11} {found.replace(chr(10), chr(10) + ' ' * 18)}")
+    for warning in warnings(settings):
+        click.echo(f"{click.style('weak', fg='yellow')}  settings    {warning}")
+    sys.exit(failed)
+
+
+def _settings() -> Settings:
+    try:
+        return Settings.from_environ(os.environ)
+    except SettingsError as error:
+        _refuse(str(error))
+
+
+def _prepare_metrics(data_dir: Path) -> None:
+    """Give the workers a fresh directory to share their metrics in."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    directory = data_dir / "metrics"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory.resolve())
+
+
+def _make_kek(path: Path) -> None:
+    """Make the key-encryption key of an embedded set-up; never replace one."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Complete or not at all: a half-written KEK would be worse than none.
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".kek-", delete=False) as file:
+        file.write(new_kek_line() + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(file.name, path)
+    except FileExistsError:
+        pass
+    finally:
+        os.unlink(file.name)
+
+
+def _read_keks(settings: Settings) -> KeyEncryptionKeys:
+    try:
+        text = settings.kek_path.read_text("utf-8")
+    except OSError as error:
+        raise StartRefused(
+            f"The key-encryption keys at {settings.kek_path} cannot be read "
+            f"({error.strerror}). Set PRIVYSEAL_KEK_FILE to the file that this database was "
+            "made with; a fresh one holds one line of: "
+            "openssl rand -base64 32 | tr '+/' '-_' | tr -d ="
+        ) from None
+    except UnicodeDecodeError:
+        raise StartRefused(f"{settings.kek_path} is no text file of base64url lines.") from None
+    return KeyEncryptionKeys.parse(text)
+
+
+async def _preflight(settings: Settings) -> None:
+    """Raise StartRefused for what would break a promise; Postgres away is no reason."""
+    keks = _read_keks(settings)
+    try:
+        await check_server(_dsn(settings))
+        await _check_schema(settings)
+        await _check_keys(settings, keks)
+    except StoreUnavailable as error:
+        log.warning("starting_without_postgres", error=str(error))
+
+
+def _dsn(settings: Settings) -> Secret:
+    from service.app import service_dsn
+
+    return service_dsn(settings)
+
+
+@asynccontextmanager
+async def _connection(settings: Settings) -> AsyncGenerator[Any, None]:
+    connection = await connect(_dsn(settings), application_name="privyseal command")
+    try:
+        yield connection
+    finally:
+        connection.terminate()
+
+
+async def _check_settings(settings: Settings) -> str:
+    return f"issuer {settings.issuer}"
+
+
+async def _check_server(settings: Settings) -> str:
+    await check_server(_dsn(settings))
+    return "durable, NOTIFY arrives, the role cannot change the audit log"
+
+
+async def _check_schema(settings: Settings) -> str:
+    async with _connection(settings) as connection:
+        await require_schema(connection)
+    return "that of this release"
+
+
+async def _check_keys(settings: Settings, keks: KeyEncryptionKeys | None = None) -> str:
+    """Open every sealed key: a wrong KEK must show now, not when the key has to sign."""
+    from keys.signer import open_private_key
+    from service.store.database import Database
+    from service.store.signing_keys import SigningKeys
+
+    keks = keks or _read_keks(settings)
+    async with Database(_dsn(settings), application_name="privyseal command") as database:
+        stored = await SigningKeys(database, clock_skew=settings.clock_skew).published_keys()
+    opened = 0
+    for each in stored:
+        if each.sealed_private is None:
+            continue
+        try:
+            open_private_key(
+                each.signer, each.key.kid, each.sealed_private, each.key.public_key, keks
+            )
+        except EnvelopeError as error:
+            raise StartRefused(
+                f"Signing keys cannot be opened with {settings.kek_path}: {error}."
+            ) from None
+        opened += 1
+    return f"{opened} of {len(stored)} published keys open with {settings.kek_path}"
+
+
+async def _check_clock(settings: Settings) -> str:
+    async with _connection(settings) as connection:
+        sent = time.time()
+        at = await connection.fetchval("SELECT extract(epoch FROM clock_timestamp())::float8")
+        offset = at - (sent + time.time()) / 2
+    if abs(offset) > settings.clock_skew:
+        raise StartRefused(f"This clock is {offset:+.1f} s off that of Postgres. Run NTP on both.")
+    return f"{offset:+.3f} s off that of Postgres"
+
+
+_CHECKS: Final[dict[str, Callable[[Settings], Coroutine[Any, Any, str]]]] = {
+    "settings": _check_settings,
+    "postgres": _check_server,
+    "schema": _check_schema,
+    "keys": _check_keys,
+    "clock": _check_clock,
+}
+
+
+async def _migrated(owner_dsn: Secret) -> list[str]:
+    connection = await connect(owner_dsn, application_name="privyseal migrate", deadlines=MIGRATING)
+    try:
+        return await migrate(connection)
+    finally:
+        connection.terminate()
+
+
+async def _bootstrapped(
+    settings: Settings, name: str, recover: bool, reason: str
+) -> tuple[str, Secret]:
+    from service.authority.administration import first_operator
+    from service.store.database import Database
+    from service.store.service_users import ServiceUsers
+
+    async with _connection(settings) as connection:
+        await require_schema(connection)
+        now = await connection.fetchval("SELECT extract(epoch FROM clock_timestamp())::float8")
+    user, credential, secret, records = first_operator(name, settings.api_audience, now, reason)
+    async with Database(_dsn(settings), application_name="privyseal bootstrap") as database:
+        users = ServiceUsers(database, clock_skew=settings.clock_skew)
+        if not await users.bootstrap(user, credential, records, force=recover):
+            raise StartRefused(
+                "An operator with service-users:write lives already. Ask them, or use "
+                "--recover --reason if none can be found."
+            )
+    return user.id, secret
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    return _refusing(lambda: asyncio.run(work))
+
+
+def _refusing(act: Callable[[], T]) -> T:
+    """Do it, or say in words why not and exit with 1."""
+    try:
+        return act()
+    except AdminRefusal as refusal:
+        _refuse(refusal.detail)
+    except (StartRefused, MigrationRefused, EnvelopeError) as refusal:
+        _refuse(str(refusal))
+    except StoreUnavailable as error:
+        _refuse(f"Postgres does not answer ({error}). Is it running, and is the URL right?")
+    except asyncpg.PostgresError as error:
+        _refuse(f"Postgres refused: {type(error).__name__} (SQLSTATE {sqlstate(error)}).")
+
+
+def _refuse(reason: str) -> NoReturn:
+    click.echo(reason, err=True)
+    sys.exit(1)

@@ -1,0 +1,495 @@
+"""`/api/v1`: service users, credentials, tokens by hand and signing keys, for operators.
+
+Carries requests to the rules and answers back; holds no rule itself.
+"""
+
+import re
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Annotated, Any, Final
+
+import msgspec
+from litestar import Controller, Request, Response, get, patch, post
+from litestar.di import NamedDependency
+from litestar.params import JSONBody, PathParameter, QueryParameter
+from msgspec import Meta, Struct
+
+from keys.keyring import KeyRing, KeyState
+from keys.verifier.strict import JSON, json_object
+from service.authority.administration import (
+    Administration,
+    NewCredential,
+    NewServiceUser,
+    ServiceUserChange,
+)
+from service.authority.audit import Action, AuditRecord, Outcome, new_record_id, personal
+from service.authority.errors import Unauthenticated
+from service.authority.issuer import TokenIssuer
+from service.authority.model import (
+    CLIENT_ID,
+    CREDENTIAL_ID,
+    NAME,
+    SERVICE_USER_ID,
+    SOURCE_SYSTEM,
+    AdminScope,
+    Audience,
+    Clock,
+    Credential,
+    LiveTokens,
+    ServiceUser,
+    Status,
+)
+from service.authority.operators import Operator, Operators
+from service.http.context import note, noted, origin_of
+from service.http.errors import NO_STORE, Refused
+
+AnyRequest = Request[Any, Any, Any]
+
+MAX_BODY: Final = 65_536
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
+_ETAG_FORM: Final = 'expected If-Match: "<version>", as the ETag of the service user has it'
+
+# Litestar reads the constraints of a parameter from its own marker only.
+ServiceUserIdInPath = Annotated[str, PathParameter(pattern=SERVICE_USER_ID)]
+CredentialIdInPath = Annotated[str, PathParameter(pattern=CREDENTIAL_ID)]
+PageSize = Annotated[int, QueryParameter(ge=1, le=200)]
+Cursor = Annotated[str, QueryParameter(pattern=f"^$|{NAME}")]
+SourceSystemQuery = Annotated[str | None, QueryParameter(pattern=SOURCE_SYSTEM)]
+StatusQuery = Annotated[Status | None, QueryParameter()]
+TokenScope = Annotated[str, Meta(min_length=1, max_length=2200)]
+
+
+class ServiceUserBody(Struct, frozen=True, kw_only=True):
+    """A service user, as it is shown."""
+
+    id: str
+    name: str
+    source_system: str
+    owner: str
+    contact: str
+    description: str
+    scopes: tuple[str, ...]
+    audiences: tuple[str, ...]
+    token_lifetime: int
+    status: Status
+    version: int
+    created_at: datetime
+
+
+class ChangedServiceUser(ServiceUserBody, frozen=True, kw_only=True):
+    """A service user after a change, and the tokens that the change cannot take back."""
+
+    live_tokens: LiveTokens
+
+
+class ServiceUserPage(Struct, frozen=True, kw_only=True):
+    """Service users by name; `next_cursor` leads on, and is null at the end."""
+
+    service_users: list[ServiceUserBody]
+    next_cursor: str | None
+
+
+class CredentialBody(Struct, frozen=True, kw_only=True):
+    """A credential without its secret. `state` is live, expired or revoked."""
+
+    id: str
+    service_user_id: str
+    label: str
+    state: str
+    created_at: datetime
+    expires_at: datetime
+    revoked_at: datetime | None
+    last_used_at: datetime | None
+
+
+class CreatedCredential(CredentialBody, frozen=True, kw_only=True):
+    """A credential with its secret, which is shown this once."""
+
+    client_id: str
+    client_secret: str
+
+
+class RevokedCredential(CredentialBody, frozen=True, kw_only=True):
+    """A revoked credential, and the tokens that the revocation cannot take back."""
+
+    live_tokens: LiveTokens
+
+
+class CredentialList(Struct, frozen=True, kw_only=True):
+    """The credentials of a service user, the newest first."""
+
+    credentials: list[CredentialBody]
+
+
+class NewToken(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a token by hand shall be; what is left out is as in an exchange."""
+
+    scope: TokenScope | None = None
+    resource: Audience | None = None
+
+
+class MintedToken(Struct, frozen=True, kw_only=True):
+    """A token by hand, as RFC 6749 §5.1 has it, with its id and its end (NumericDate)."""
+
+    access_token: str
+    token_type: str
+    expires_in: int
+    scope: str
+    jti: str
+    expires_at: int
+
+
+class SigningKeyBody(Struct, frozen=True, kw_only=True):
+    """The public side of a signing key's life."""
+
+    kid: str
+    state: KeyState
+    bits: int
+    published_at: datetime
+    activated_at: datetime | None
+    rotate_at: datetime | None
+    publish_until: datetime | None
+
+
+class SigningKeyList(Struct, frozen=True, kw_only=True):
+    """The published keys, in the order of their publication."""
+
+    signing_keys: list[SigningKeyBody]
+
+
+class ServiceUserController(Controller):
+    """Service users, their credentials, and tokens by hand."""
+
+    path = "/service-users"
+    tags = ("Service users",)
+
+    @post("/", opt={"action": Action.SERVICE_USER_CREATE})
+    async def create(
+        self,
+        data: JSONBody[NewServiceUser],
+        request: AnyRequest,
+        operator: NamedDependency[Operator],
+        administration: NamedDependency[Administration],
+    ) -> Response[ServiceUserBody]:
+        """Create a service user. It needs a credential before it gets tokens."""
+        user = await administration.create(operator, data, origin_of(request.scope))
+        location = {"Location": f"/api/v1/service-users/{user.id}"}
+        return _tagged(_shown(user, ServiceUserBody), user, HTTPStatus.CREATED, location)
+
+    @get("/", opt={"action": Action.SERVICE_USER_LIST})
+    async def list(
+        self,
+        operator: NamedDependency[Operator],
+        administration: NamedDependency[Administration],
+        limit: PageSize = 50,
+        cursor: Cursor = "",
+        source_system: SourceSystemQuery = None,
+        status: StatusQuery = None,
+    ) -> ServiceUserPage:
+        """List service users by name."""
+        users = await administration.page(
+            operator, after=cursor, limit=limit + 1, source_system=source_system, status=status
+        )
+        return ServiceUserPage(
+            service_users=[_shown(user, ServiceUserBody) for user in users[:limit]],
+            next_cursor=users[limit - 1].name if len(users) > limit else None,
+        )
+
+    @get("/me", opt={"action": Action.SERVICE_USER_READ})
+    async def me(self, operator: NamedDependency[Operator]) -> Response[ServiceUserBody]:
+        """Show the caller itself; this takes no scope."""
+        user = operator.service_user
+        return _tagged(_shown(user, ServiceUserBody), user)
+
+    @get("/{service_user_id:str}", opt={"action": Action.SERVICE_USER_READ})
+    async def read(
+        self,
+        service_user_id: ServiceUserIdInPath,
+        operator: NamedDependency[Operator],
+        administration: NamedDependency[Administration],
+    ) -> Response[ServiceUserBody]:
+        """Show a service user; its ETag is what a change has to name."""
+        user = await administration.read(operator, service_user_id)
+        return _tagged(_shown(user, ServiceUserBody), user)
+
+    @patch("/{service_user_id:str}", opt={"action": Action.SERVICE_USER_CHANGE})
+    async def change(
+        self,
+        service_user_id: ServiceUserIdInPath,
+        data: JSONBody[ServiceUserChange],
+        request: AnyRequest,
+        operator: NamedDependency[Operator],
+        administration: NamedDependency[Administration],
+    ) -> Response[ChangedServiceUser]:
+        """Change a service user that nobody else changed since it was read (`If-Match`)."""
+        user, live_tokens = await administration.change(
+            operator, service_user_id, data, _if_match(request), origin_of(request.scope)
+        )
+        return _tagged(_shown(user, ChangedServiceUser, live_tokens=live_tokens), user)
+
+    @post(
+        "/{service_user_id:str}/disable",
+        status_code=200,
+        opt={"action": Action.SERVICE_USER_DISABLE},
+    )
+    async def disable(
+        self,
+        service_user_id: ServiceUserIdInPath,
+        request: AnyRequest,
+        operator: NamedDependency[Operator],
+        administration: NamedDependency[Administration],
+    ) -> Response[ChangedServiceUser]:
+        """Disable a service user. From this answer on no process issues it a token."""
+        user, live_tokens = await administration.disable(
+            operator, service_user_id, origin_of(request.scope)
+        )
+        return _tagged(_shown(user, ChangedServiceUser, live_tokens=live_tokens), user)
+
+    @post(
+        "/{service_user_id:str}/enable", status_code=200, opt={"action": Action.SERVICE_USER_ENABLE}
+    )
+    async def enable(
+        self,
+        service_user_id: ServiceUserIdInPath,
+        request: AnyRequest,
+        operator: NamedDependency[Operator],
+        administration: NamedDependency[Administration],
+    ) -> Response[ChangedServiceUser]:
+        """Enable a disabled service user."""
+        user, live_tokens = await administration.enable(
+            operator, service_user_id, origin_of(request.scope)
+        )
+        return _tagged(_shown(user, ChangedServiceUser, live_tokens=live_tokens), user)
+
+    @get("/{service_user_id:str}/credentials", opt={"action": Action.CREDENTIAL_LIST})
+    async def credentials(
+        self,
+        service_user_id: ServiceUserIdInPath,
+        operator: NamedDependency[Operator],
+        administration: NamedDependency[Administration],
+        clock: NamedDependency[Clock],
+    ) -> CredentialList:
+        """List the credentials of a service user, those that ended included."""
+        held = await administration.credentials(operator, service_user_id)
+        now = clock()
+        return CredentialList(credentials=[_credential(each, CredentialBody, now) for each in held])
+
+    @post("/{service_user_id:str}/credentials", opt={"action": Action.CREDENTIAL_CREATE})
+    async def create_credential(
+        self,
+        service_user_id: ServiceUserIdInPath,
+        data: JSONBody[NewCredential],
+        request: AnyRequest,
+        operator: NamedDependency[Operator],
+        administration: NamedDependency[Administration],
+        clock: NamedDependency[Clock],
+    ) -> Response[CreatedCredential]:
+        """Create a credential; the answer holds its secret, which cannot be had again."""
+        credential, secret = await administration.create_credential(
+            operator, service_user_id, data, origin_of(request.scope)
+        )
+        body = _credential(
+            credential,
+            CreatedCredential,
+            clock(),
+            client_id=service_user_id,
+            client_secret=secret.reveal(),
+        )
+        return Response(body, status_code=HTTPStatus.CREATED, headers=NO_STORE)
+
+    @post(
+        "/{service_user_id:str}/credentials/{credential_id:str}/revoke",
+        status_code=200,
+        opt={"action": Action.CREDENTIAL_REVOKE},
+    )
+    async def revoke_credential(
+        self,
+        service_user_id: ServiceUserIdInPath,
+        credential_id: CredentialIdInPath,
+        request: AnyRequest,
+        operator: NamedDependency[Operator],
+        administration: NamedDependency[Administration],
+        clock: NamedDependency[Clock],
+    ) -> RevokedCredential:
+        """Revoke a credential. From this answer on no process issues a token for it."""
+        credential, live_tokens = await administration.revoke_credential(
+            operator, service_user_id, credential_id, origin_of(request.scope)
+        )
+        return _credential(credential, RevokedCredential, clock(), live_tokens=live_tokens)
+
+    @post("/{service_user_id:str}/tokens", opt={"action": Action.TOKEN_MINT})
+    async def mint(
+        self,
+        service_user_id: ServiceUserIdInPath,
+        data: JSONBody[NewToken],
+        request: AnyRequest,
+        operator: NamedDependency[Operator],
+        issuer: NamedDependency[TokenIssuer],
+    ) -> Response[MintedToken]:
+        """Mint one token by hand, for trying; `act.sub` in it names the caller."""
+        token = await issuer.mint(
+            operator,
+            service_user_id,
+            scope=data.scope,
+            resource=data.resource,
+            origin=origin_of(request.scope),
+        )
+        body = MintedToken(
+            access_token=token.token.reveal(),
+            token_type="Bearer",  # noqa: S106
+            expires_in=token.expires_in,
+            scope=token.scope,
+            jti=token.jti,
+            expires_at=token.expires_at,
+        )
+        return Response(body, status_code=HTTPStatus.CREATED, headers=NO_STORE)
+
+
+class SigningKeyController(Controller):
+    """Signing keys."""
+
+    path = "/signing-keys"
+    tags = ("Signing keys",)
+
+    @get("/", opt={"action": Action.SIGNING_KEY_LIST})
+    async def list(
+        self, operator: NamedDependency[Operator], ring: NamedDependency[KeyRing]
+    ) -> SigningKeyList:
+        """List the published keys: the next one, the one that signs, those that did."""
+        operator.require(AdminScope.SIGNING_KEYS_READ)
+        return SigningKeyList(
+            signing_keys=[
+                SigningKeyBody(
+                    kid=key.kid,
+                    state=key.state,
+                    bits=key.public_key.key_size,
+                    published_at=_datetime(key.published_at),
+                    activated_at=_optional_datetime(key.activated_at),
+                    rotate_at=_optional_datetime(key.rotate_at),
+                    publish_until=_optional_datetime(key.publish_until),
+                )
+                for key in ring.keys
+            ]
+        )
+
+
+def gatekeeper(operators: Operators) -> Callable[[AnyRequest], Awaitable[None]]:
+    """Return what stands before every admin route: first who calls, then what was sent."""
+
+    async def let_in(request: AnyRequest) -> None:
+        note(request.scope, operator=await operators.authenticate(_bearer_token(request)))
+        await check_form(request)
+
+    return let_in
+
+
+async def operator_of(request: AnyRequest) -> Operator:
+    """Return who calls, as the gatekeeper found it."""
+    return noted(request.scope, "operator")
+
+
+async def check_form(request: AnyRequest) -> None:
+    """Refuse what the framework would take: other content types, doubled JSON members, unknown
+    or doubled query parameters, and control characters in any string."""
+    parameters = request.route_handler.parsed_fn_signature.parameters
+    known = {name for name, field in parameters.items() if field.has_default}
+    names = [name for name, _ in request.query_params.multi_items()]
+    if unknown := sorted(set(names) - known):
+        raise Refused(HTTPStatus.BAD_REQUEST, f"Unknown query parameter: {unknown[0][:40]!a}.")
+    if len(set(names)) != len(names):
+        raise Refused(HTTPStatus.BAD_REQUEST, "Each query parameter may be given once.")
+    if any(_CONTROL.search(value) for value in request.query_params.values()):
+        raise Refused(HTTPStatus.BAD_REQUEST, "Parameters must not hold control characters.")
+    if "data" not in parameters:
+        return
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+        raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Expected Content-Type: application/json.")
+    try:
+        body = json_object(await request.body())
+    except ValueError as error:
+        raise Refused(HTTPStatus.BAD_REQUEST, f"The body is no JSON object: {error}.") from None
+    if any(_CONTROL.search(text) for text in _strings(body)):
+        raise Refused(HTTPStatus.BAD_REQUEST, "Strings must not hold control characters.")
+
+
+def refusal_record(scope: Mapping[str, Any], now: float) -> AuditRecord:
+    """Return the record of a refused administrative request."""
+    operator: Operator | None = noted(scope, "operator")  # type: ignore[arg-type]
+    service_user_id = scope.get("path_params", {}).get("service_user_id", "")
+    return AuditRecord(
+        id=new_record_id(now),
+        action=scope["route_handler"].opt["action"],
+        outcome=Outcome.REFUSED,
+        reason=noted(scope, "refused"),  # type: ignore[arg-type]
+        service_user_id=service_user_id if CLIENT_ID.fullmatch(str(service_user_id)) else None,
+        actor_id=operator.service_user.id if operator else None,
+        actor=operator.service_user.name if operator else None,
+        actor_credential_id=operator.credential_id if operator else None,
+        **personal(origin_of(scope)),  # type: ignore[arg-type]
+    )
+
+
+def _bearer_token(request: AnyRequest) -> str:
+    # RFC 6750 §2.1; the query and the body are no places for a token.
+    headers = request.headers.getall("authorization", [])
+    if len(headers) != 1:
+        raise Unauthenticated("Expected one Authorization header: Bearer and an access token.")
+    scheme, _, token = headers[0].partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise Unauthenticated("Expected the scheme Bearer and an access token.")
+    return token
+
+
+def _strings(value: JSON) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case dict():
+            for name, member in value.items():
+                yield name
+                yield from _strings(member)
+        case list():
+            for member in value:
+                yield from _strings(member)
+        case _:
+            pass
+
+
+def _if_match(request: AnyRequest) -> int:
+    etag = request.headers.get("if-match")
+    if etag is None:
+        raise Refused(HTTPStatus.PRECONDITION_REQUIRED, f"If-Match is missing: {_ETAG_FORM}.")
+    version = etag.removeprefix('"').removesuffix('"')
+    if f'"{version}"' != etag or not (version.isascii() and version.isdecimal()):
+        raise Refused(HTTPStatus.BAD_REQUEST, f"If-Match is no version: {_ETAG_FORM}.")
+    return int(version[:18])
+
+
+def _tagged(
+    body: Any,
+    user: ServiceUser,
+    status: HTTPStatus = HTTPStatus.OK,
+    headers: Mapping[str, str] | None = None,
+) -> Response[Any]:
+    etag = {"ETag": f'"{user.version}"'}
+    return Response(body, status_code=status, headers={**NO_STORE, **etag, **(headers or {})})
+
+
+def _shown(user: ServiceUser, kind: type[Any], **members: Any) -> Any:
+    return kind(**msgspec.structs.asdict(user), **members)
+
+
+def _credential(credential: Credential, kind: type[Any], now: float, **members: Any) -> Any:
+    fields = msgspec.structs.asdict(credential)
+    del fields["secret_sha256"]
+    state = "revoked" if credential.revoked_at else "live" if credential.is_live(now) else "expired"
+    return kind(state=state, **fields, **members)
+
+
+def _datetime(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def _optional_datetime(seconds: float | None) -> datetime | None:
+    return None if seconds is None else _datetime(seconds)
