@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from types import FrameType
-from typing import Final
+from typing import Final, cast
 
 import structlog
 from litestar import Litestar, Router
@@ -228,12 +228,12 @@ class Authority:
         self._drain_on_sigterm()
         async with self.database, asyncio.TaskGroup() as tasks:
             background = [
-                tasks.create_task(work)
+                tasks.create_task(_kept_running(work))
                 for work in (
-                    self.audit.run(),
-                    self.listener.run(),
-                    self._keep_prepared(),
-                    self._rotate_when_prepared(),
+                    self.audit.run,
+                    self.listener.run,
+                    self._keep_prepared,
+                    self._rotate_when_prepared,
                 )
             ]
             await self._started()
@@ -296,6 +296,24 @@ class Authority:
             loop.call_soon_threadsafe(loop.call_later, self._drain_seconds, stop, number, frame)
 
         signal.signal(signal.SIGTERM, drain)
+
+
+async def _kept_running(work: Callable[[], Awaitable[None]]) -> None:
+    """Start `work` again whenever it fails: a defect there must not end the whole process."""
+    while True:
+        try:
+            await work()
+        except Exception as error:
+            log.error("background_work_failed", work=work.__qualname__, error=_classes(error))
+        await asyncio.sleep(_RETRY)
+
+
+def _classes(error: BaseException) -> list[str]:
+    # Classes only: the text of an exception may quote what must not be logged.
+    if isinstance(error, BaseExceptionGroup):
+        members = cast("BaseExceptionGroup[BaseException]", error).exceptions
+        return [name for member in members for name in _classes(member)]
+    return [type(error).__name__]
 
 
 def _provide(part: object) -> Provide:

@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final, Protocol
@@ -194,8 +194,13 @@ class RecordsRejected(Exception):
 class RecordWriter(Protocol):
     """One connection that commits batches of records."""
 
-    async def open(self) -> None:
-        """Connect, or raise StoreUnavailable."""
+    @property
+    def is_open(self) -> bool:
+        """Whether the connection stands, as far as can be known without asking."""
+        ...
+
+    async def open(self, on_lost: Callable[[], None]) -> None:
+        """Connect, or raise StoreUnavailable; `on_lost` is called when the connection ends."""
         ...
 
     async def commit(self, records: Sequence[AuditRecord]) -> Sequence[bool]:
@@ -255,14 +260,7 @@ class AuditLog:
         try:
             await self.append(record)
         except AuditUnavailable:
-            metrics.audit_refusals_unrecorded.inc()
-            log.warning(
-                "refusal_unrecorded",
-                action=record.action,
-                reason=record.reason,
-                service_user_id=record.service_user_id,
-                request_id=record.request_id,
-            )
+            _count_unrecorded(record, 1)
 
     async def _append(self, record: AuditRecord, lane: deque[_Waiting], limit: int) -> bool:
         if not self.available:
@@ -296,6 +294,9 @@ class AuditLog:
         repeat = self._repeats.pop(key)
         if repeat.count == 0:
             return
+        if not self.available or len(self._refusals) >= MAX_QUEUED_REFUSALS:
+            _count_unrecorded(repeat.record, repeat.count)
+            return
         # Each was compared when it was refused: what is written now only says how many they were.
         record = msgspec.structs.replace(
             repeat.record,
@@ -326,7 +327,7 @@ class AuditLog:
         failures = 0
         while True:
             try:
-                await writer.open()
+                await writer.open(on_lost=self._arrived.set)
             except StoreUnavailable as error:
                 if failures == 0:
                     log.warning("audit_writer_disconnected", error=str(error))
@@ -346,9 +347,13 @@ class AuditLog:
 
     async def _write_batch(self, writer: RecordWriter) -> bool:
         """Settle one batch; return False when the writer has lost its connection."""
-        while not (batch := self._take()):
+        while writer.is_open and not self._grants and not self._refusals:
             self._arrived.clear()
             await self._arrived.wait()
+        if not writer.is_open:
+            return False
+        if not (batch := self._take()):
+            return True
         try:
             verdicts = await writer.commit([waiting.record for waiting in batch])
         except RecordsRejected:
@@ -394,6 +399,18 @@ class AuditLog:
     def _fail_all(self) -> None:
         while batch := self._take():
             _fail(batch)
+
+
+def _count_unrecorded(record: AuditRecord, count: int) -> None:
+    metrics.audit_refusals_unrecorded.inc(count)
+    log.warning(
+        "refusal_unrecorded",
+        action=record.action,
+        reason=record.reason,
+        service_user_id=record.service_user_id,
+        request_id=record.request_id,
+        count=count,
+    )
 
 
 def _settle(waiting: _Waiting, recorded: bool) -> None:

@@ -78,7 +78,7 @@ class Decision(Struct, frozen=True, kw_only=True):
     """What will be answered if, and only if, `record` can be committed."""
 
     record: AuditRecord
-    grant: "Grant | OAuthError"
+    answer: "Grant | OAuthError"
 
 
 class Grant(Struct, frozen=True, kw_only=True):
@@ -180,12 +180,12 @@ class TokenIssuer:
                 if ring.active is None or ring.active.signer is None:
                     continue
                 decision = await decide(subject, ring.active)
-                if isinstance(decision.grant, OAuthError):
+                if isinstance(decision.answer, OAuthError):
                     if await self._audit.append(decision.record):
-                        raise decision.grant
+                        raise decision.answer
                 else:
                     recorded, token = await asyncio.gather(
-                        self._audit.append(decision.record), decision.grant.sign()
+                        self._audit.append(decision.record), decision.answer.sign()
                     )
                     if recorded:
                         return token
@@ -211,7 +211,7 @@ def decide_exchange(
         audience, scope = narrow(user, request.scope, request.resource, terms.api_audience)
     except OAuthError as error:
         record = refusal(error, request.origin, now, client_id=request.client_id, subject=subject)
-        return Decision(record=record, grant=error)
+        return Decision(record=record, answer=error)
     return grant(
         user, key, terms, now, audience, scope, request.origin, credential=principal.credential
     )
@@ -308,7 +308,7 @@ def grant(
     )
     return Decision(
         record=record,
-        grant=Grant(
+        answer=Grant(
             unsigned=unsigned,
             claims=claims,
             key=key,

@@ -3,12 +3,13 @@
 Changes no record and deletes none; the role that it connects as could not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 from uuid import UUID
 
 import asyncpg
 import msgspec
+import structlog
 
 from keys.secret import Secret
 from service import metrics
@@ -25,6 +26,8 @@ from service.store.database import Database, connect, loss_as_unavailable, sqlst
 from service.store.service_users import SELECT_SUBJECT, as_json, subject
 
 COMMIT_RECORDS = "SELECT recorded, extract(epoch FROM at)::float8 FROM commit_records_1($1, $2)"
+
+SELECT_TIME = "SELECT extract(epoch FROM clock_timestamp())::float8"
 
 SELECT_ISSUANCE = """
 SELECT service_user_id, credential_id, signing_input_sha256
@@ -59,6 +62,9 @@ _CONDITIONS: Final = {
 _TYPES: Final = {"jti": "uuid", "since": "timestamptz", "until": "timestamptz"}
 
 
+log = structlog.stdlib.get_logger()
+
+
 class PostgresRecordWriter:
     """Implements `authority.audit.RecordWriter` on a connection of its own."""
 
@@ -69,10 +75,22 @@ class PostgresRecordWriter:
         self._connection: asyncpg.Connection[asyncpg.Record] | None = None
         self._warned = False
 
-    async def open(self) -> None:
-        """Connect; raise StoreUnavailable."""
+    @property
+    def is_open(self) -> bool:
+        """Whether the connection stands, as far as can be known without asking."""
+        return self._connection is not None and not self._connection.is_closed()
+
+    async def open(self, on_lost: Callable[[], None]) -> None:
+        """Connect, and learn what time it is there; raise StoreUnavailable."""
         connection = await connect(self._dsn, application_name="privyseal audit writer")
+        connection.add_termination_listener(lambda _: on_lost())
         connection.add_log_listener(self._on_notice)
+        sent = self._clock.wall()
+        with loss_as_unavailable():
+            at = await connection.fetchval(SELECT_TIME)
+        self._clock.observe(at, sent=sent, received=self._clock.wall())
+        if abs(self._clock.offset) > self._clock_skew:
+            log.warning("clock_is_off", offset_s=round(self._clock.offset, 1))
         self._connection = connection
         metrics.store_connected.set(1)
 

@@ -1,0 +1,364 @@
+"""The authority as its clients see it: one exchange, then the admin API, each call within 10 s.
+
+Imports nothing of the server and prints no result. The client secret leaves it in the exchange
+and nowhere else.
+"""
+
+import asyncio
+import re
+import time
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from http import HTTPStatus
+from importlib.metadata import version
+from ipaddress import ip_address
+from ssl import SSLCertVerificationError
+from types import TracebackType
+from typing import Any, Final, Self
+from urllib.parse import urlsplit
+
+import click
+import httpx
+
+from keys.secret import Secret
+from service.cli.render import Json, printable
+
+DEFAULT_URL: Final = "http://127.0.0.1:8080"
+DEADLINE: Final = 10.0
+"""Seconds for one call, from connecting to the last byte of the answer."""
+TRIES: Final = 3
+RETRY_WINDOW: Final = 15.0
+"""Seconds within which an authority that is not available is tried again."""
+
+_ORIGIN: Final = re.compile(r"https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?/?")
+_CLIENT_ID: Final = re.compile("su_[a-z2-7]{24}")
+_CLIENT_SECRET: Final = re.compile("pvs_[0-9A-Za-z]{49}")
+_METADATA: Final = "/.well-known/oauth-authorization-server"
+_CHECK_CREDENTIAL: Final = "Check PRIVYSEAL_CLIENT_ID and PRIVYSEAL_CLIENT_SECRET."
+
+
+class Refused(click.ClickException):
+    """The authority said no: the same request will not do better."""
+
+
+class Unavailable(click.ClickException):
+    """The authority could not be reached, or could not answer: later it may."""
+
+
+class Authority:
+    """The authority at one URL, with the credential of one service user. A context manager.
+
+    Every method raises Refused or Unavailable, in a sentence that says what to do next.
+    """
+
+    def __init__(self, *, url: str, client_id: str, client_secret: Secret) -> None:
+        self.url = url
+        self.client_id = client_id
+        self._client_secret = client_secret
+        self._runner = asyncio.Runner()
+        self._http = httpx.AsyncClient(
+            base_url=url,
+            timeout=None,  # DEADLINE is for the whole call
+            headers={"User-Agent": f"privyseal/{version('privyseal')}"},
+            # Plain HTTP is for loopback, and no proxy stands in between: it could read along.
+            trust_env=url.startswith("https:"),
+        )
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Self:
+        """Read PRIVYSEAL_URL, PRIVYSEAL_CLIENT_ID and PRIVYSEAL_CLIENT_SECRET.
+
+        Raise click.UsageError; it never repeats a value that might be a secret.
+        """
+        url = environ.get("PRIVYSEAL_URL") or DEFAULT_URL
+        if not _ORIGIN.fullmatch(url):
+            raise click.UsageError(
+                "PRIVYSEAL_URL must be scheme, host and port only, such as https://tokens.example."
+            )
+        if not _is_confidential(url):
+            raise click.UsageError(
+                "PRIVYSEAL_URL is plain http and not loopback: the client secret would travel in "
+                "the clear. Use https."
+            )
+        client_id = environ.get("PRIVYSEAL_CLIENT_ID", "")
+        client_secret = Secret(environ.get("PRIVYSEAL_CLIENT_SECRET", ""))
+        for variable, value, form, expected in (
+            ("PRIVYSEAL_CLIENT_ID", client_id, _CLIENT_ID, "su_ and 24 characters"),
+            (
+                "PRIVYSEAL_CLIENT_SECRET",
+                client_secret.reveal(),
+                _CLIENT_SECRET,
+                "pvs_ and 49 letters and digits",
+            ),
+        ):
+            if not value:
+                raise click.UsageError(
+                    f"{variable} is not set. Set it to what `privyseal credentials create` or "
+                    "`privyseal bootstrap` printed."
+                )
+            if not form.fullmatch(value):
+                raise click.UsageError(f"{variable} cannot be right: expected {expected}.")
+        return cls(url=url.rstrip("/"), client_id=client_id, client_secret=client_secret)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._runner.run(self._http.aclose())
+        self._runner.close()
+
+    def exchange(self, *, scope: str | None = None, resource: str | None = None) -> Json:
+        """Exchange the credential for a token: the answer of RFC 6749 §5.1."""
+        form = {"grant_type": "client_credentials", "scope": scope, "resource": resource}
+        request = self._http.build_request(
+            "POST",
+            self._metadata["token_endpoint"],
+            data={name: value for name, value in form.items() if value is not None},
+            headers={"Authorization": self._basic()},
+        )
+        response = self._send(request, repeatable=True)
+        if response.status_code != HTTPStatus.OK:
+            raise self._exchange_refusal(response)
+        return self._body(response, "access_token", "expires_in")
+
+    def get(self, path: str, **query: str | int | None) -> Json:
+        """Read one thing below /api/v1; what is None in the query is left out."""
+        params = {name: value for name, value in query.items() if value is not None}
+        return self._call("GET", path, repeatable=True, params=params)
+
+    def get_list(self, path: str, member: str) -> list[Json]:
+        """Read a list that has no pages."""
+        return self._list(self.get(path), member)
+
+    def pages(
+        self,
+        path: str,
+        member: str,
+        *,
+        page_size: int,
+        limit: int | None = None,
+        **query: str | None,
+    ) -> Iterator[Json]:
+        """Read a list page by page: all of it, or the first `limit`."""
+        cursor: str | None = None
+        left = limit
+        while left is None or left > 0:
+            asked = page_size if left is None else min(page_size, left)
+            body = self.get(path, limit=asked, cursor=cursor, **query)
+            items = self._list(body, member)
+            yield from items
+            left = None if left is None else left - len(items)
+            cursor = body.get("next_cursor")
+            # A log always says where to resume: it ends with the page that is not full.
+            if cursor is None or len(items) < asked:
+                return
+
+    def post(self, path: str, body: Json | None = None, *, repeatable: bool = False) -> Json:
+        """Act; `repeatable` if to do it twice is to do it once (RFC 9110 §9.2.2)."""
+        return self._call("POST", path, repeatable=repeatable, json=body)
+
+    def patch(self, path: str, body: Json, *, version: int) -> Json:
+        """Change what is still at `version`."""
+        return self._call(
+            "PATCH", path, repeatable=False, json=body, headers={"If-Match": f'"{version}"'}
+        )
+
+    def service_user_id(self, id_or_name: str) -> str:
+        """Return the id of a service user; what has the form of an id is one."""
+        if _CLIENT_ID.fullmatch(id_or_name):
+            return id_or_name
+        for user in self.pages("/service-users", "service_users", page_size=200):
+            if user["name"] == id_or_name:
+                return user["id"]
+        raise Refused(
+            f"There is no service user named {printable(id_or_name)}. "
+            "`privyseal service-users list` shows those that there are."
+        )
+
+    @cached_property
+    def _metadata(self) -> Json:
+        request = self._http.build_request("GET", _METADATA)
+        response = self._send(request, repeatable=True)
+        if response.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
+            raise Unavailable(f"{self.url} is not ready (503). Try again later.")
+        if response.status_code != HTTPStatus.OK:
+            raise Refused(
+                f"{self.url} answers {response.status_code} where an authority has its metadata. "
+                "Check PRIVYSEAL_URL."
+            )
+        metadata = self._body(response, "issuer", "token_endpoint")
+        # RFC 8414 §3.3: otherwise one authority could collect tokens that are for another.
+        if metadata["issuer"] != self.url:
+            issuer = printable(str(metadata["issuer"]))
+            raise Refused(
+                f"The authority at {self.url} calls itself {issuer}, and secrets are sent only "
+                f"under that name. Set PRIVYSEAL_URL={issuer}"
+            )
+        if not _is_confidential(str(metadata["token_endpoint"])):
+            raise Refused(
+                f"{self.url} names a token endpoint that is neither https nor loopback: the "
+                "client secret would travel in the clear. Correct PRIVYSEAL_ISSUER of the server."
+            )
+        return metadata
+
+    @cached_property
+    def _admin_token(self) -> Secret:
+        answer = self.exchange(resource=f"{self._metadata['issuer']}/api/v1")
+        return Secret(answer["access_token"])
+
+    def _basic(self) -> str:
+        # Neither id nor secret has a character that RFC 6749 §2.3.1 would have us encode.
+        basic = httpx.BasicAuth(self.client_id, self._client_secret.reveal())
+        signed = next(basic.auth_flow(httpx.Request("POST", self.url)))
+        return signed.headers["Authorization"]
+
+    def _call(self, method: str, path: str, *, repeatable: bool, **content: Any) -> Json:
+        authorization = {"Authorization": f"Bearer {self._admin_token.reveal()}"}
+        headers = {**content.pop("headers", {}), **authorization}
+        request = self._http.build_request(method, f"/api/v1{path}", headers=headers, **content)
+        response = self._send(request, repeatable=repeatable)
+        if not response.is_success:
+            raise self._refusal(response, repeatable=repeatable)
+        return self._body(response)
+
+    def _send(self, request: httpx.Request, *, repeatable: bool) -> httpx.Response:
+        give_up = time.monotonic() + RETRY_WINDOW
+        for tries_left in reversed(range(TRIES)):
+            response = self._send_once(request, repeatable=repeatable)
+            if response.status_code != HTTPStatus.SERVICE_UNAVAILABLE or not repeatable:
+                break
+            wait = _retry_after(response)
+            if tries_left == 0 or time.monotonic() + wait > give_up:
+                break
+            click.echo(f"{self.url} is not available; trying again in {wait} s.", err=True)
+            time.sleep(wait)
+        return response
+
+    def _send_once(self, request: httpx.Request, *, repeatable: bool) -> httpx.Response:
+        unsure = "" if repeatable else " It may have been done: look before you repeat it."
+        try:
+            return self._runner.run(self._within_deadline(request))
+        except httpx.ConnectError as error:
+            raise self._unreachable(request.url, error) from None
+        except TimeoutError:
+            raise Unavailable(
+                f"{_origin(request.url)} did not answer within {DEADLINE:.0f} s. Try again later."
+                + unsure
+            ) from None
+        except httpx.HTTPError as error:
+            raise Unavailable(
+                f"The connection to {_origin(request.url)} broke ({type(error).__name__}). "
+                "Try again." + unsure
+            ) from None
+
+    async def _within_deadline(self, request: httpx.Request) -> httpx.Response:
+        async with asyncio.timeout(DEADLINE):
+            return await self._http.send(request)
+
+    def _unreachable(self, url: httpx.URL, error: httpx.ConnectError) -> Unavailable:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, SSLCertVerificationError):
+                return Unavailable(
+                    f"The certificate of {_origin(url)} is not trusted: {cause.verify_message}. "
+                    "If it is of a certificate authority of your own, set SSL_CERT_FILE."
+                )
+            cause = cause.__cause__ or cause.__context__
+        return Unavailable(
+            f"Nothing answers at {_origin(url)}. Is the authority running (privyseal serve), and "
+            "is PRIVYSEAL_URL right?"
+        )
+
+    def _exchange_refusal(self, response: httpx.Response) -> click.ClickException:
+        problem = _json_object(response)
+        said = _said(problem.get("error_description")) or f"It answers {response.status_code}."
+        if response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            return Unavailable(f"No token from {self.url}: {said}{_request_id(response)}")
+        if problem.get("error") == "invalid_client":
+            return Refused(f"{said} {_CHECK_CREDENTIAL}")
+        if problem.get("error") == "invalid_target":
+            return Refused(f"{said} PRIVYSEAL_CLIENT_ID names a service user without this one.")
+        return Refused(f"No token from {self.url}: {said}")
+
+    def _refusal(self, response: httpx.Response, *, repeatable: bool) -> click.ClickException:
+        status, problem = response.status_code, _json_object(response)
+        said = _said(problem.get("detail")) or f"{self.url} answers {status} without saying why."
+        if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            unsure = "" if repeatable else " It may have been done: look before you repeat it."
+            return Unavailable(said + unsure + _request_id(response))
+        if status == HTTPStatus.UNAUTHORIZED:
+            return Refused(f"{said} {_CHECK_CREDENTIAL}")
+        if status == HTTPStatus.FORBIDDEN:
+            return Refused(f"{said} The service user in PRIVYSEAL_CLIENT_ID is not entitled to it.")
+        if status == HTTPStatus.PRECONDITION_FAILED:
+            return Refused(f"{said} Nothing was changed: look at it and repeat the command.")
+        return Refused(_field_errors(problem) or said)
+
+    def _body(self, response: httpx.Response, *members: str) -> Json:
+        body = _json_object(response)
+        if not body or any(member not in body for member in members):
+            raise Refused(
+                f"{response.url.path} of {self.url} does not answer as an authority does. Check "
+                "PRIVYSEAL_URL, and that this command is of the authority's release."
+            )
+        return body
+
+    def _list(self, body: Json, member: str) -> list[Json]:
+        if not isinstance(body.get(member), list):
+            raise Refused(f"{self.url} answers without {member}: it is of another release.")
+        return body[member]
+
+
+def _is_confidential(url: str) -> bool:
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme == "https" or host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _retry_after(response: httpx.Response) -> int:
+    text = response.headers.get("Retry-After", "")
+    return int(text) if re.fullmatch("[0-9]{1,5}", text) else 1
+
+
+def _json_object(response: httpx.Response) -> Json:
+    try:
+        body = response.json()
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _field_errors(problem: Json) -> str:
+    """Return each faulty field with what was expected of it."""
+    errors = problem.get("errors")
+    if not isinstance(errors, list):
+        return ""
+    faults: list[Any] = errors
+    return "; ".join(
+        f"{_said(fault.get('pointer'))}: {_said(fault.get('detail'))}"
+        for fault in faults
+        if isinstance(fault, dict)
+    )
+
+
+def _said(text: Any) -> str:
+    return printable(str(text)) if text else ""
+
+
+def _origin(url: httpx.URL) -> str:
+    return f"{url.scheme}://{url.netloc.decode('ascii')}"
+
+
+def _request_id(response: httpx.Response) -> str:
+    request_id = response.headers.get("X-Request-Id")
+    return f" (request id {printable(request_id)})" if request_id else ""

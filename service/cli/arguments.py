@@ -1,0 +1,119 @@
+"""What the commands of the client half have in common: how arguments are written and asked for.
+
+Talks to nobody.
+"""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Final
+
+import click
+
+if TYPE_CHECKING:
+    from service.cli.api import Authority
+
+_DURATION: Final = re.compile(r"([1-9][0-9]{0,4})([smhdw])")
+_UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+# RFC 3339 §5.6, with its note that a space may stand for the T.
+_TIME: Final = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?"
+    r"([Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
+_CREDENTIAL_ID: Final = re.compile("cr_[a-z2-7]{24}")
+
+
+class Moment(click.ParamType[str]):
+    """A point in time, as RFC 3339 in UTC: given as a time, a date, or a duration from now."""
+
+    name = "time"
+
+    def __init__(
+        self, *, ahead: bool, end_of_day: bool, clock: Callable[[], float] = time.time
+    ) -> None:
+        """A duration counts into the future if `ahead`, else into the past."""
+        self._sign = 1 if ahead else -1
+        self._end_of_day = end_of_day
+        self._clock = clock
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return rfc3339(self._moment(value))
+        except ValueError:
+            self.fail(
+                f"{value!r} is no time. Expected a date (2027-01-31, in UTC), a time with its "
+                "offset (2027-01-31T12:00:00Z) or a duration (90d; units s, m, h, d, w).",
+                param,
+                ctx,
+            )
+
+    def _moment(self, text: str) -> datetime:
+        if duration := _DURATION.fullmatch(text):
+            amount = timedelta(**{_UNITS[duration[2]]: int(duration[1])})
+            return datetime.fromtimestamp(self._clock(), UTC) + self._sign * amount
+        if _DATE.fullmatch(text):
+            day = datetime.fromisoformat(text).replace(tzinfo=UTC)
+            return day.replace(hour=23, minute=59, second=59) if self._end_of_day else day
+        if _TIME.fullmatch(text):
+            return datetime.fromisoformat(text.upper())
+        raise ValueError
+
+
+def rfc3339(moment: datetime) -> str:
+    """Write an aware time as the API does: in UTC, with Z."""
+    return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+def authority() -> "Authority":
+    """Return the authority that the environment names.
+
+    Raise click.UsageError naming the variable that is missing or cannot be one.
+    """
+    # Here, because an HTTP client takes longer to load than all the rest: --help needs none.
+    from service.cli.api import Authority
+
+    return Authority.from_environ(os.environ)
+
+
+def words(_: click.Context, __: click.Parameter, values: Sequence[str]) -> list[str]:
+    """Take `--scope a --scope b` and `--scope "a b"` alike."""
+    return [word for value in values for word in value.split()]
+
+
+def _credential_id(_: click.Context, __: click.Parameter, value: str) -> str:
+    if not _CREDENTIAL_ID.fullmatch(value):
+        raise click.BadParameter(
+            f"{value!r} is no credential id: expected cr_ and 24 characters, as "
+            "`privyseal credentials list` shows it."
+        )
+    return value
+
+
+def confirm(consequence: Callable[[], str], *, yes: bool) -> None:
+    """Ask before what cannot be undone; return only on a yes.
+
+    Without a terminal nobody can be asked: then only `yes` will do.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise click.UsageError(
+            "This cannot be undone, and without a terminal nobody can be asked: add --yes if it "
+            "is meant."
+        )
+    click.echo(consequence(), err=True)
+    if not click.confirm("Go on?", err=True):
+        click.echo("Nothing was changed.", err=True)
+        raise click.exceptions.Exit(1)
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON: an array for a list, else an object."
+)
+yes_option = click.option("--yes", is_flag=True, help="Do not ask first.")
+service_user_argument = click.argument("service_user", metavar="SU")
+credential_argument = click.argument("credential_id", metavar="CREDENTIAL", callback=_credential_id)

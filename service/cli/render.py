@@ -1,0 +1,121 @@
+"""How answers of the API look on a screen, in a pipe and as JSON.
+
+Names every field as the API does, and asks the API nothing.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import click
+
+Json = dict[str, Any]
+
+WIDE: Final = 110
+"""Columns of a terminal from which on a table shows everything it has."""
+
+_COLOURS: Final = {
+    "live": "green",
+    "active": "green",
+    "expired": "yellow",
+    "disabled": "red",
+    "revoked": "red",
+    "refused": "red",
+}
+
+
+def print_json(value: Any) -> None:
+    """Print JSON, in ASCII: no text in it can steer a terminal."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def print_table(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    *,
+    wide: Sequence[str] = (),
+    nothing: str,
+) -> None:
+    """Print a table; `wide` are the columns that a narrow terminal has no room for.
+
+    Without a terminal: plain text, every column, nothing folded or cut off.
+    """
+    if not rows:
+        click.echo(nothing, err=True)
+    elif sys.stdout.isatty():
+        roomy = shutil.get_terminal_size().columns >= WIDE
+        _print_rich(rows, [*columns, *wide] if roomy else columns)
+    else:
+        _print_plain(rows, [*columns, *wide])
+
+
+def print_fields(item: Mapping[str, Any]) -> None:
+    """Print one thing, a field a line, in the order of the API."""
+    width = max(map(len, item))
+    for name, value in item.items():
+        label = click.style(name.ljust(width), dim=True)
+        click.echo(f"{label}  {_coloured(cell(name, value))}")
+
+
+def cell(name: str, value: Any) -> str:
+    """Return a value as people read it."""
+    match value:
+        case None | "" | []:
+            return "-"
+        case list():
+            items: list[Any] = value
+            return " ".join(printable(str(item)) for item in items)
+        case str() if name.endswith(("_at", "_until")):
+            return moment(value)
+        case str():
+            return printable(value)
+        case _:
+            return str(value)
+
+
+def moment(rfc3339: str) -> str:
+    """Return a time of the API to the second; `--since` and its like take it as it is."""
+    return printable(f"{rfc3339[:19].replace('T', ' ')}Z")
+
+
+def printable(text: str) -> str:
+    """Return text that cannot steer a terminal: control and bidi characters are spelled out."""
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in text
+    )
+
+
+def plural(count: int, noun: str) -> str:
+    """Return `1 token`, `2 tokens`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _coloured(text: str) -> str:
+    colour = _COLOURS.get(text.partition(":")[0])
+    return click.style(text, fg=colour) if colour else text
+
+
+def _print_plain(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    lines = [list(columns), *([cell(name, row.get(name)) for name in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        padded = (text.ljust(width) for text, width in zip(line, widths, strict=True))
+        click.echo("  ".join(padded).rstrip())
+
+
+def _print_rich(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    # Here, because most commands print no table.
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        cells = [cell(name, row.get(name)) for name in columns]
+        table.add_row(*(Text(text, _COLOURS.get(text.partition(":")[0], "")) for text in cells))
+    Console(highlight=False).print(table)
