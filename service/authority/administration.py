@@ -61,7 +61,13 @@ class ServiceUserStore(Protocol):
     async def fresh(self, client_id: str) -> Subject: ...
 
     async def page(
-        self, *, after: str, limit: int, source_system: str | None, status: Status | None
+        self,
+        *,
+        after: str,
+        limit: int,
+        name: str | None,
+        source_system: str | None,
+        status: Status | None,
     ) -> Sequence[ServiceUser]: ...
 
     async def credentials(self, service_user_id: str) -> Sequence[Credential]: ...
@@ -141,13 +147,14 @@ class Administration:
         *,
         after: str,
         limit: int,
+        name: str | None,
         source_system: str | None,
         status: Status | None,
     ) -> Sequence[ServiceUser]:
         """Return service users by name, starting after the name `after`."""
         operator.require(AdminScope.SERVICE_USERS_READ)
         return await self._store.page(
-            after=after, limit=limit, source_system=source_system, status=status
+            after=after, limit=limit, name=name, source_system=source_system, status=status
         )
 
     async def credentials(self, operator: Operator, service_user_id: str) -> Sequence[Credential]:

@@ -12,12 +12,15 @@ import click
 # By section of the help: command -> (where it lives, its help in one line).
 _SECTIONS: Final = {
     "Commands that work through the API": {
-        "service-users": ("service.cli.client:service_users", "Who may get tokens, and for what."),
-        "credentials": ("service.cli.client:credentials", "The secrets of a service user."),
-        "tokens": ("service.cli.client:tokens", "Mint a token by hand, for trying."),
-        "keys": ("service.cli.client:keys", "The published signing keys."),
+        "service-users": (
+            "service.cli.service_users:service_users",
+            "Who may get tokens, and for what.",
+        ),
+        "credentials": ("service.cli.credentials:credentials", "The secrets of a service user."),
+        "tokens": ("service.cli.tokens:tokens", "Mint a token by hand, for trying."),
+        "keys": ("service.cli.signing_keys:keys", "The published signing keys."),
         "audit": ("service.cli.audit:audit", "Who did what, when, from where."),
-        "token": ("service.cli.token:token", "Print an access token, or keep one in a file."),
+        "token": ("service.cli.tokens:token", "Print an access token, or keep one in a file."),
     },
     "Commands that work where the database is": {
         "serve": ("service.cli.server:serve", "Serve tokens, keys and the admin API."),

@@ -7,6 +7,7 @@ and nowhere else.
 import asyncio
 import re
 import time
+from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from http import HTTPStatus
@@ -14,7 +15,7 @@ from importlib.metadata import version
 from ipaddress import ip_address
 from ssl import SSLCertVerificationError
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 from urllib.parse import urlsplit
 
 import click
@@ -33,8 +34,17 @@ RETRY_WINDOW: Final = 15.0
 _ORIGIN: Final = re.compile(r"https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?/?")
 _CLIENT_ID: Final = re.compile("su_[a-z2-7]{24}")
 _CLIENT_SECRET: Final = re.compile("pvs_[0-9A-Za-z]{49}")
+# RFC 6750 §3: the scope that would have been enough.
+_SCOPE: Final = re.compile('scope="([^"]+)"')
 _METADATA: Final = "/.well-known/oauth-authorization-server"
+_UNSURE: Final = " It may have been done: look before you repeat it."
 _CHECK_CREDENTIAL: Final = "Check PRIVYSEAL_CLIENT_ID and PRIVYSEAL_CLIENT_SECRET."
+
+
+class Misconfigured(click.ClickException):
+    """A variable of the environment is missing or cannot be right: wrong usage."""
+
+    exit_code = 2
 
 
 class Refused(click.ClickException):
@@ -58,7 +68,7 @@ class Authority:
         self._runner = asyncio.Runner()
         self._http = httpx.AsyncClient(
             base_url=url,
-            timeout=None,  # DEADLINE is for the whole call
+            timeout=DEADLINE,
             headers={"User-Agent": f"privyseal/{version('privyseal')}"},
             # Plain HTTP is for loopback, and no proxy stands in between: it could read along.
             trust_env=url.startswith("https:"),
@@ -68,15 +78,15 @@ class Authority:
     def from_environ(cls, environ: Mapping[str, str]) -> Self:
         """Read PRIVYSEAL_URL, PRIVYSEAL_CLIENT_ID and PRIVYSEAL_CLIENT_SECRET.
 
-        Raise click.UsageError; it never repeats a value that might be a secret.
+        Raise Misconfigured; it never repeats a value that might be a secret.
         """
         url = environ.get("PRIVYSEAL_URL") or DEFAULT_URL
         if not _ORIGIN.fullmatch(url):
-            raise click.UsageError(
+            raise Misconfigured(
                 "PRIVYSEAL_URL must be scheme, host and port only, such as https://tokens.example."
             )
         if not _is_confidential(url):
-            raise click.UsageError(
+            raise Misconfigured(
                 "PRIVYSEAL_URL is plain http and not loopback: the client secret would travel in "
                 "the clear. Use https."
             )
@@ -92,12 +102,12 @@ class Authority:
             ),
         ):
             if not value:
-                raise click.UsageError(
+                raise Misconfigured(
                     f"{variable} is not set. Set it to what `privyseal credentials create` or "
                     "`privyseal bootstrap` printed."
                 )
             if not form.fullmatch(value):
-                raise click.UsageError(f"{variable} cannot be right: expected {expected}.")
+                raise Misconfigured(f"{variable} cannot be right: expected {expected}.")
         return cls(url=url.rstrip("/"), client_id=client_id, client_secret=client_secret)
 
     def __enter__(self) -> Self:
@@ -123,7 +133,7 @@ class Authority:
         )
         response = self._send(request, repeatable=True)
         if response.status_code != HTTPStatus.OK:
-            raise self._exchange_refusal(response)
+            raise self._exchange_refusal(response, resource)
         return self._body(response, "access_token", "expires_in")
 
     def get(self, path: str, **query: str | int | None) -> Json:
@@ -180,6 +190,10 @@ class Authority:
             "`privyseal service-users list` shows those that there are."
         )
 
+    @property
+    def _api_audience(self) -> str:
+        return f"{self._metadata['issuer']}/api/v1"
+
     @cached_property
     def _metadata(self) -> Json:
         request = self._http.build_request("GET", _METADATA)
@@ -208,14 +222,12 @@ class Authority:
 
     @cached_property
     def _admin_token(self) -> Secret:
-        answer = self.exchange(resource=f"{self._metadata['issuer']}/api/v1")
-        return Secret(answer["access_token"])
+        return Secret(self.exchange(resource=self._api_audience)["access_token"])
 
     def _basic(self) -> str:
         # Neither id nor secret has a character that RFC 6749 §2.3.1 would have us encode.
-        basic = httpx.BasicAuth(self.client_id, self._client_secret.reveal())
-        signed = next(basic.auth_flow(httpx.Request("POST", self.url)))
-        return signed.headers["Authorization"]
+        pair = f"{self.client_id}:{self._client_secret.reveal()}"
+        return f"Basic {b64encode(pair.encode('ascii')).decode('ascii')}"
 
     def _call(self, method: str, path: str, *, repeatable: bool, **content: Any) -> Json:
         authorization = {"Authorization": f"Bearer {self._admin_token.reveal()}"}
@@ -228,24 +240,28 @@ class Authority:
 
     def _send(self, request: httpx.Request, *, repeatable: bool) -> httpx.Response:
         give_up = time.monotonic() + RETRY_WINDOW
-        for tries_left in reversed(range(TRIES)):
+        tries_left = TRIES
+        while True:
             response = self._send_once(request, repeatable=repeatable)
-            if response.status_code != HTTPStatus.SERVICE_UNAVAILABLE or not repeatable:
-                break
+            tries_left -= 1
             wait = _retry_after(response)
-            if tries_left == 0 or time.monotonic() + wait > give_up:
-                break
+            if (
+                response.status_code != HTTPStatus.SERVICE_UNAVAILABLE
+                or not repeatable
+                or tries_left == 0
+                or time.monotonic() + wait > give_up
+            ):
+                return response
             click.echo(f"{self.url} is not available; trying again in {wait} s.", err=True)
             time.sleep(wait)
-        return response
 
     def _send_once(self, request: httpx.Request, *, repeatable: bool) -> httpx.Response:
-        unsure = "" if repeatable else " It may have been done: look before you repeat it."
+        unsure = "" if repeatable else _UNSURE
         try:
             return self._runner.run(self._within_deadline(request))
         except httpx.ConnectError as error:
             raise self._unreachable(request.url, error) from None
-        except TimeoutError:
+        except (TimeoutError, httpx.TimeoutException):
             raise Unavailable(
                 f"{_origin(request.url)} did not answer within {DEADLINE:.0f} s. Try again later."
                 + unsure
@@ -257,7 +273,8 @@ class Authority:
             ) from None
 
     async def _within_deadline(self, request: httpx.Request) -> httpx.Response:
-        async with asyncio.timeout(DEADLINE):
+        # httpx counts its timeout anew with every read; this one is for the whole call.
+        async with asyncio.timeout(None):
             return await self._http.send(request)
 
     def _unreachable(self, url: httpx.URL, error: httpx.ConnectError) -> Unavailable:
@@ -274,27 +291,31 @@ class Authority:
             "is PRIVYSEAL_URL right?"
         )
 
-    def _exchange_refusal(self, response: httpx.Response) -> click.ClickException:
+    def _exchange_refusal(
+        self, response: httpx.Response, resource: str | None
+    ) -> click.ClickException:
         problem = _json_object(response)
-        said = _said(problem.get("error_description")) or f"It answers {response.status_code}."
+        said = _said(problem.get("error_description"))
+        said = said or f"the token endpoint answers {response.status_code} without saying why."
         if response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            return Unavailable(f"No token from {self.url}: {said}{_request_id(response)}")
+            return Unavailable(f"No token: {said}{_request_id(response)}")
         if problem.get("error") == "invalid_client":
             return Refused(f"{said} {_CHECK_CREDENTIAL}")
-        if problem.get("error") == "invalid_target":
-            return Refused(f"{said} PRIVYSEAL_CLIENT_ID names a service user without this one.")
-        return Refused(f"No token from {self.url}: {said}")
+        if problem.get("error") == "invalid_target" and resource == self._api_audience:
+            return Refused(f"No token for {resource}: {said} Use an operator's credential.")
+        return Refused(f"No token for {resource}: {said}" if resource else f"No token: {said}")
 
     def _refusal(self, response: httpx.Response, *, repeatable: bool) -> click.ClickException:
         status, problem = response.status_code, _json_object(response)
         said = _said(problem.get("detail")) or f"{self.url} answers {status} without saying why."
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            unsure = "" if repeatable else " It may have been done: look before you repeat it."
+            unsure = "" if repeatable else _UNSURE
             return Unavailable(said + unsure + _request_id(response))
         if status == HTTPStatus.UNAUTHORIZED:
             return Refused(f"{said} {_CHECK_CREDENTIAL}")
-        if status == HTTPStatus.FORBIDDEN:
-            return Refused(f"{said} The service user in PRIVYSEAL_CLIENT_ID is not entitled to it.")
+        if lacking := _SCOPE.search(response.headers.get("WWW-Authenticate", "")):
+            scope = printable(lacking[1])
+            return Refused(f"{said} PRIVYSEAL_CLIENT_ID names a service user without {scope}.")
         if status == HTTPStatus.PRECONDITION_FAILED:
             return Refused(f"{said} Nothing was changed: look at it and repeat the command.")
         return Refused(_field_errors(problem) or said)
@@ -332,22 +353,20 @@ def _retry_after(response: httpx.Response) -> int:
 
 def _json_object(response: httpx.Response) -> Json:
     try:
-        body = response.json()
+        body: Any = response.json()
     except ValueError:
         return {}
-    return body if isinstance(body, dict) else {}
+    return cast("Json", body) if isinstance(body, dict) else {}
 
 
 def _field_errors(problem: Json) -> str:
     """Return each faulty field with what was expected of it."""
-    errors = problem.get("errors")
-    if not isinstance(errors, list):
+    faults = problem.get("errors")
+    if not isinstance(faults, list):
         return ""
-    faults: list[Any] = errors
     return "; ".join(
-        f"{_said(fault.get('pointer'))}: {_said(fault.get('detail'))}"
-        for fault in faults
-        if isinstance(fault, dict)
+        ": ".join(filter(None, (_said(fault.get("pointer")), _said(fault.get("detail")))))
+        for fault in cast("list[Json]", faults)
     )
 
 

@@ -5,11 +5,12 @@ Talks to nobody.
 
 import os
 import re
+import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -71,7 +72,7 @@ def rfc3339(moment: datetime) -> str:
 def authority() -> "Authority":
     """Return the authority that the environment names.
 
-    Raise click.UsageError naming the variable that is missing or cannot be one.
+    Raise Misconfigured (exit status 2) naming the variable that is missing or cannot be right.
     """
     # Here, because an HTTP client takes longer to load than all the rest: --help needs none.
     from service.cli.api import Authority
@@ -84,6 +85,11 @@ def words(_: click.Context, __: click.Parameter, values: Sequence[str]) -> list[
     return [word for value in values for word in value.split()]
 
 
+def given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that were given: what was left out is for the authority to choose."""
+    return {name: value for name, value in fields.items() if value not in (None, [], ())}
+
+
 def _credential_id(_: click.Context, __: click.Parameter, value: str) -> str:
     if not _CREDENTIAL_ID.fullmatch(value):
         raise click.BadParameter(
@@ -93,19 +99,19 @@ def _credential_id(_: click.Context, __: click.Parameter, value: str) -> str:
     return value
 
 
-def confirm(consequence: Callable[[], str], *, yes: bool) -> None:
-    """Ask before what cannot be undone; return only on a yes.
-
-    Without a terminal nobody can be asked: then only `yes` will do.
-    """
-    if yes:
-        return
-    if not sys.stdin.isatty():
+def _askable(_: click.Context, __: click.Parameter, yes: bool) -> bool:
+    if not yes and not sys.stdin.isatty():
         raise click.UsageError(
             "This cannot be undone, and without a terminal nobody can be asked: add --yes if it "
             "is meant."
         )
-    click.echo(consequence(), err=True)
+    return yes
+
+
+def confirm(*consequences: str) -> None:
+    """Say what will break and ask; return only on a yes."""
+    for consequence in consequences:
+        click.echo(click.wrap_text(consequence, shutil.get_terminal_size().columns), err=True)
     if not click.confirm("Go on?", err=True):
         click.echo("Nothing was changed.", err=True)
         raise click.exceptions.Exit(1)
@@ -114,6 +120,6 @@ def confirm(consequence: Callable[[], str], *, yes: bool) -> None:
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON: an array for a list, else an object."
 )
-yes_option = click.option("--yes", is_flag=True, help="Do not ask first.")
+yes_option = click.option("--yes", is_flag=True, callback=_askable, help="Do not ask first.")
 service_user_argument = click.argument("service_user", metavar="SU")
 credential_argument = click.argument("credential_id", metavar="CREDENTIAL", callback=_credential_id)

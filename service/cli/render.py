@@ -4,6 +4,7 @@ Names every field as the API does, and asks the API nothing.
 """
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,11 @@ import click
 
 Json = dict[str, Any]
 
-WIDE: Final = 110
+WIDE: Final = 120
 """Columns of a terminal from which on a table shows everything it has."""
+
+# These may take several lines in a narrow table; ids, times and states stay in one piece.
+_FOLDED: Final = frozenset({"name", "scopes", "label", "outcome", "service_user", "actor"})
 
 _COLOURS: Final = {
     "live": "green",
@@ -56,7 +60,9 @@ def print_fields(item: Mapping[str, Any]) -> None:
     width = max(map(len, item))
     for name, value in item.items():
         label = click.style(name.ljust(width), dim=True)
-        click.echo(f"{label}  {_coloured(cell(name, value))}")
+        # https://no-color.org; a pipe gets no colour either way.
+        colour = False if os.environ.get("NO_COLOR") else None
+        click.echo(f"{label}  {_coloured(cell(name, value))}", color=colour)
 
 
 def cell(name: str, value: Any) -> str:
@@ -64,8 +70,7 @@ def cell(name: str, value: Any) -> str:
     match value:
         case None | "" | []:
             return "-"
-        case list():
-            items: list[Any] = value
+        case [*items]:
             return " ".join(printable(str(item)) for item in items)
         case str() if name.endswith(("_at", "_until")):
             return moment(value)
@@ -87,9 +92,24 @@ def printable(text: str) -> str:
     )
 
 
-def plural(count: int, noun: str) -> str:
-    """Return `1 token`, `2 tokens`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def live_tokens(changed: Mapping[str, Any]) -> str:
+    """Say what a change could not take back, and until when."""
+    live: Json = changed["live_tokens"]
+    if not live["count"]:
+        return "No token issued before is still accepted."
+    return (
+        f"Tokens issued before that are still accepted: {live['count']}. The last one ends at "
+        f"{moment(live['last_ends_at'])}."
+    )
+
+
+def warn_of_end(answer: Json) -> None:
+    """Say on stderr when the credential behind a token is about to end."""
+    if ends := answer.get("credential_expires_at"):
+        click.echo(
+            f"The credential in PRIVYSEAL_CLIENT_SECRET ends at {moment(ends)}: ask for the next.",
+            err=True,
+        )
 
 
 def _coloured(text: str) -> str:
@@ -112,9 +132,9 @@ def _print_rich(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> No
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for name in columns:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name not in _FOLDED)
     for row in rows:
         cells = [cell(name, row.get(name)) for name in columns]
         table.add_row(*(Text(text, _COLOURS.get(text.partition(":")[0], "")) for text in cells))

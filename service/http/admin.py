@@ -55,6 +55,7 @@ ServiceUserIdInPath = Annotated[str, PathParameter(pattern=SERVICE_USER_ID)]
 CredentialIdInPath = Annotated[str, PathParameter(pattern=CREDENTIAL_ID)]
 PageSize = Annotated[int, QueryParameter(ge=1, le=200)]
 Cursor = Annotated[str, QueryParameter(pattern=f"^$|{NAME}")]
+NameQuery = Annotated[str | None, QueryParameter(pattern=NAME)]
 SourceSystemQuery = Annotated[str | None, QueryParameter(pattern=SOURCE_SYSTEM)]
 StatusQuery = Annotated[Status | None, QueryParameter()]
 TokenScope = Annotated[str, Meta(min_length=1, max_length=2200)]
@@ -184,12 +185,18 @@ class ServiceUserController(Controller):
         administration: NamedDependency[Administration],
         limit: PageSize = 50,
         cursor: Cursor = "",
+        name: NameQuery = None,
         source_system: SourceSystemQuery = None,
         status: StatusQuery = None,
     ) -> ServiceUserPage:
         """List service users by name."""
         users = await administration.page(
-            operator, after=cursor, limit=limit + 1, source_system=source_system, status=status
+            operator,
+            after=cursor,
+            limit=limit + 1,
+            name=name,
+            source_system=source_system,
+            status=status,
         )
         return ServiceUserPage(
             service_users=[_shown(user, ServiceUserBody) for user in users[:limit]],

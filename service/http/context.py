@@ -98,7 +98,8 @@ def client_address(peer: str, forwarded: Sequence[str], trusted: Networks) -> st
     """
     address = peer
     for hop in reversed(forwarded):
-        if not _is_in(address, trusted):
+        # A zone (RFC 4007 §11) means nothing outside of its host, and may be any text.
+        if "%" in hop or not _is_in(address, trusted):
             break
         try:
             address = str(ip_address(hop.strip()))

@@ -28,8 +28,9 @@ SELECT {_COLUMNS}, c.id AS credential_id, c.label, c.secret_sha256,
 SELECT_PAGE = f"""
 SELECT {_COLUMNS} FROM service_users su
  WHERE su.name > $1
-   AND ($3::text IS NULL OR su.source_system = $3)
-   AND ($4::text IS NULL OR su.status = $4)
+   AND ($3::text IS NULL OR su.name = $3)
+   AND ($4::text IS NULL OR su.source_system = $4)
+   AND ($5::text IS NULL OR su.status = $5)
  ORDER BY su.name LIMIT $2
 """  # noqa: S608
 
@@ -70,11 +71,17 @@ class ServiceUsers:
             return subject(await connection.fetch(SELECT_SUBJECT, client_id))
 
     async def page(
-        self, *, after: str, limit: int, source_system: str | None, status: Status | None
+        self,
+        *,
+        after: str,
+        limit: int,
+        name: str | None,
+        source_system: str | None,
+        status: Status | None,
     ) -> Sequence[ServiceUser]:
         """Return service users in the order of their names."""
         async with self._database.connection() as connection:
-            rows = await connection.fetch(SELECT_PAGE, after, limit, source_system, status)
+            rows = await connection.fetch(SELECT_PAGE, after, limit, name, source_system, status)
         return [service_user(row) for row in rows]
 
     async def credentials(self, service_user_id: str) -> Sequence[Credential]:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email import message_from_string
 from email.message import Message
@@ -239,11 +239,9 @@ def _process(
         )
     try:
         deadline = time.monotonic() + START_DEADLINE
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            with suppress(httpx.TransportError):
-                if httpx.get(ready, timeout=1).status_code == 200:
-                    break
+        while not _answers(ready):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         yield process.pid
     finally:
@@ -253,3 +251,10 @@ def _process(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=1).status_code == 200
+    except httpx.TransportError:
+        return False

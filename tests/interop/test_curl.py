@@ -4,6 +4,7 @@ It must not use any other client for what curl can do.
 """
 
 import uuid
+from collections.abc import Callable
 
 import httpx
 import pytest
@@ -26,8 +27,8 @@ def _as_post(curl: Curl, issuer: str, vkyc: Integrator, *more: str) -> CurlAnswe
     return curl(f"{issuer}/oauth/token", *form, *more)
 
 
+Post = Callable[..., CurlAnswer]
 either_way = pytest.mark.parametrize("post", [_as_basic, _as_post], ids=["basic", "post"])
-Post = type(_as_basic)
 
 
 @either_way
@@ -86,12 +87,18 @@ def test_the_audit_log_has_an_exchange_under_its_request_id(
     assert record["user_agent"].startswith("curl/")
 
 
-def test_the_audit_log_has_a_refusal_under_the_request_id_that_it_was_given(
-    curl: Curl, authority: Authority, vkyc: Integrator, operator: httpx.Client
+def test_the_audit_log_has_a_refusal_under_the_request_id_that_the_client_was_given(
+    curl: Curl,
+    authority: Authority,
+    new_integrator: Callable[..., Integrator],
+    operator: httpx.Client,
 ) -> None:
-    answer = _as_basic(curl, authority.issuer, vkyc, "-d", "scope=ingest:delete")
+    # Nobody else's refusals: equal ones of one client share a record.
+    reader = new_integrator("reader", "doc_service", "search:read")
+    answer = _as_basic(curl, authority.issuer, reader, "-d", "scope=ingest:write")
+    assert (answer.status, answer.json["error"]) == (400, "invalid_scope")
     request_id = answer.headers["X-Request-Id"]
     found = operator.get("/audit-records", params={"request_id": request_id})
     (record,) = found.json()["records"]
     assert (record["action"], record["outcome"]) == ("token.issue", "refused")
-    assert record["service_user"] == "vkyc-prod"
+    assert (record["service_user"], record["source_system"]) == ("reader", "doc_service")

@@ -82,7 +82,7 @@ class Metadata:
         try:
             parsed: object = json.loads(text, object_pairs_hook=_distinct)
         except (ValueError, RecursionError) as error:
-            raise _bad_metadata(f"expected a JSON object, found {error}") from None
+            raise _bad_metadata(f"expected a JSON object, found other text ({error})") from None
         if not isinstance(parsed, dict):
             raise _bad_metadata(f"expected a JSON object, found {_shown(parsed)}")
         members = cast("dict[str, object]", parsed)
@@ -143,6 +143,12 @@ class Ingest:
                     )
                 document_id = uuid.uuid4().hex
                 size, sha256 = await run_in_threadpool(self._store_file, document_id, file.file)
+        except UnicodeError:
+            raise NotAccepted(
+                HTTPStatus.BAD_REQUEST,
+                "invalid_request",
+                "Content-Type: expected charset=utf-8 or none, found another",
+            ) from None
         except TimeoutError:
             raise NotAccepted(
                 HTTPStatus.REQUEST_TIMEOUT,
@@ -286,7 +292,7 @@ def _metadata(part: UploadFile | str | None) -> Metadata:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
-        raise ValueError("a member that is there twice")
+        raise ValueError("a member is there twice")
     return members
 
 

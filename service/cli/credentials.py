@@ -1,0 +1,125 @@
+"""`privyseal credentials`: the secrets of a service user.
+
+A secret is printed once, as the result of `create`; nothing here keeps or repeats it.
+"""
+
+from collections.abc import Sequence
+
+import click
+
+from service.cli.arguments import (
+    Moment,
+    authority,
+    confirm,
+    credential_argument,
+    given,
+    json_option,
+    service_user_argument,
+    yes_option,
+)
+from service.cli.render import (
+    Json,
+    live_tokens,
+    moment,
+    print_fields,
+    print_json,
+    print_table,
+    printable,
+)
+
+
+@click.group()
+def credentials() -> None:
+    """The secrets with which a service user gets its tokens. SU is an id (su_...) or a name.
+
+    Up to ten live side by side, so that one is replaced without downtime: create the next one,
+    roll it out, see in `list` that the old one is used no more, revoke the old one.
+    """
+
+
+@credentials.command()
+@service_user_argument
+@click.option("--label", required=True, help="Who holds it, or since when: to tell it by.")
+@click.option(
+    "--expires",
+    "expires_at",
+    type=Moment(ahead=True, end_of_day=True),
+    help="A date (through its end, UTC), a time with offset, or a duration; else a year.",
+)
+@json_option
+def create(service_user: str, label: str, expires_at: str | None, as_json: bool) -> None:
+    """Create a credential and print its secret, which is shown this once.
+
+    \b
+    Examples:
+      privyseal credentials create vkyc-prod --label "2026 autumn" --expires 2027-01-31
+      privyseal credentials create vkyc-prod --label ci --expires 90d --json
+    """
+    with authority() as api:
+        path = f"/service-users/{api.service_user_id(service_user)}/credentials"
+        created = api.post(path, given({"label": label, "expires_at": expires_at}))
+    if as_json:
+        print_json(created)
+        return
+    names = ("id", "label", "expires_at", "client_id", "client_secret")
+    print_fields({name: created.get(name) for name in names})
+    click.echo("\nThe secret is shown this once: store it now.", err=True)
+
+
+@credentials.command("list")
+@service_user_argument
+@json_option
+def list_(service_user: str, as_json: bool) -> None:
+    """List the credentials of a service user, the newest first, those that ended included."""
+    with authority() as api:
+        path = f"/service-users/{api.service_user_id(service_user)}/credentials"
+        held = api.get_list(path, "credentials")
+    if as_json:
+        print_json(held)
+        return
+    print_table(
+        held,
+        ("id", "label", "state", "last_used_at"),
+        wide=("created_at", "expires_at"),
+        nothing=f"{printable(service_user)} has no credential.",
+    )
+
+
+@credentials.command()
+@service_user_argument
+@credential_argument
+@yes_option
+@json_option
+def revoke(service_user: str, credential_id: str, yes: bool, as_json: bool) -> None:
+    """End a credential for good: from the answer on, no process issues a token for it.
+
+    Tokens that it got already are accepted until they end; the answer says when. Asks first.
+    """
+    with authority() as api:
+        path = f"/service-users/{api.service_user_id(service_user)}/credentials"
+        if not yes:
+            confirm(*_what_breaks(api.get_list(path, "credentials"), credential_id))
+        revoked = api.post(f"{path}/{credential_id}/revoke", repeatable=True)
+    if as_json:
+        print_json(revoked)
+        return
+    click.echo(f"{revoked['id']} ({printable(revoked['label'])}) is revoked.")
+    click.echo(live_tokens(revoked), err=True)
+
+
+def _what_breaks(held: Sequence[Json], credential_id: str) -> list[str]:
+    credential = next((each for each in held if each["id"] == credential_id), None)
+    if credential is None:
+        raise click.ClickException(
+            f"This service user has no credential {credential_id}. `privyseal credentials list` "
+            "shows those that it has."
+        )
+    used = credential["last_used_at"]
+    others = sum(each["state"] == "live" for each in held if each is not credential)
+    return [
+        f"{credential_id} ({printable(credential['label'])}) is {credential['state']}; last used: "
+        f"{moment(used) if used else 'never'}.",
+        "Whatever still holds its secret will get no token any more, and a revoked credential "
+        "never comes back.",
+        f"Other live credentials of its service user: {others}.",
+    ]

@@ -1,0 +1,84 @@
+"""The operator of these tests: the admin API as a client sees it, and whom it made.
+
+Takes no short cut: every act is a request with a token of the authority itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from tests.faults.live_authority import LiveAuthority
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IssuedCredential:
+    """One credential with its secret."""
+
+    id: str
+    client_id: str
+    client_secret: str = field(repr=False)
+
+
+class AdminAPI:
+    """Acts of an operator. Each returns when it was answered, and fails unless it was done."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self._client = client
+
+    @classmethod
+    async def enter(cls, authority: LiveAuthority) -> "AdminAPI":
+        """Make the first operator and exchange its credential."""
+        client = httpx.AsyncClient(base_url=authority.issuer, timeout=15)
+        answer = await client.post(
+            "/oauth/token",
+            data={"grant_type": "client_credentials", "resource": f"{authority.issuer}/api/v1"},
+            auth=authority.bootstrap(),
+        )
+        assert answer.status_code == 200, answer.text
+        client.headers["Authorization"] = f"Bearer {answer.json()['access_token']}"
+        return cls(client)
+
+    async def leave(self) -> None:
+        await self._client.aclose()
+
+    async def create_service_user(self, name: str, scopes: Sequence[str]) -> str:
+        """Return its id."""
+        new = {"name": name, "source_system": "vkyc", "scopes": scopes}
+        made = await self._done("POST", "/service-users", json=new)
+        return made["id"]
+
+    async def create_credential(self, service_user_id: str) -> IssuedCredential:
+        path = f"/service-users/{service_user_id}/credentials"
+        made = await self._done("POST", path, json={"label": "faults"})
+        return IssuedCredential(
+            id=made["id"], client_id=made["client_id"], client_secret=made["client_secret"]
+        )
+
+    async def revoke(self, credential: IssuedCredential) -> None:
+        path = f"/service-users/{credential.client_id}/credentials/{credential.id}/revoke"
+        await self._done("POST", path)
+
+    async def disable(self, service_user_id: str) -> None:
+        await self._done("POST", f"/service-users/{service_user_id}/disable")
+
+    async def enable(self, service_user_id: str) -> None:
+        await self._done("POST", f"/service-users/{service_user_id}/enable")
+
+    async def version(self, service_user_id: str) -> int:
+        return (await self._done("GET", f"/service-users/{service_user_id}"))["version"]
+
+    async def set_scopes(self, service_user_id: str, version: int, scopes: Sequence[str]) -> None:
+        await self._done(
+            "PATCH",
+            f"/service-users/{service_user_id}",
+            json={"scopes": scopes},
+            headers={"If-Match": f'"{version}"'},
+        )
+
+    async def _done(self, method: str, path: str, **request: Any) -> dict[str, Any]:
+        answer = await self._client.request(method, f"/api/v1{path}", **request)
+        assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
+        body: dict[str, Any] = answer.json()
+        return body

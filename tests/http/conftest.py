@@ -1,0 +1,227 @@
+"""The whole authority in this process, on a real database of its own, and those who call it.
+
+Checks nothing itself: it only hands out clients, credentials, and ways to look behind the API.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Any, TypeAlias
+
+import asyncpg
+import httpx
+import pytest
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+)
+
+from keys.envelope import KeyEncryptionKeys, new_kek_line
+from keys.signer import LOCAL, NewKey
+from keys.verifier import thumbprint
+from service.app import Authority, rotation_policy
+from service.authority.administration import first_operator
+from service.authority.audit import Action, AuditRecord, Outcome, new_record_id
+from service.settings import Settings
+from service.store.database import Database
+from service.store.embedded import Running
+from service.store.service_users import ServiceUsers
+from service.store.signing_keys import SigningKeys
+
+Credential: TypeAlias = tuple[str, str]
+"""client_id and client_secret, as httpx takes them for HTTP Basic."""
+
+Records: TypeAlias = list[dict[str, Any]]
+
+VISIBLE_WITHIN = 8.0
+"""Seconds: a record is shown once no older transaction of the whole server is under way."""
+
+
+@pytest.fixture(scope="session")
+def settings() -> Settings:
+    """The defaults: issuer http://127.0.0.1:8080."""
+    return Settings()
+
+
+@pytest.fixture(scope="session")
+def keks() -> KeyEncryptionKeys:
+    """The key-encryption keys: whoever has them and the database is a thief of signing keys."""
+    return KeyEncryptionKeys.parse(new_kek_line())
+
+
+@pytest.fixture
+async def operator_credential(
+    database: Running, settings: Settings, keks: KeyEncryptionKeys, rsa_keys: list[RSAPrivateKey]
+) -> Credential:
+    """The first operator, in a database that has an active and a pending key already."""
+    async with Database(database.service_dsn, application_name="test set-up") as store:
+        signing_keys = SigningKeys(store, clock_skew=settings.clock_skew)
+        active, pending = rsa_keys[:2]
+        assert await signing_keys.prepare(_sealed(active, keks), _set_up_record())
+        kid, policy = thumbprint(active.public_key()), rotation_policy(settings)
+        assert await signing_keys.activate(kid, None, policy, _set_up_record())
+        assert await signing_keys.prepare(_sealed(pending, keks), _set_up_record())
+        user, credential, secret, records = first_operator(
+            "operator", settings.api_audience, time.time(), "tests"
+        )
+        users = ServiceUsers(store, clock_skew=settings.clock_skew)
+        assert await users.bootstrap(user, credential, records, force=False)
+    return user.id, secret.reveal()
+
+
+@pytest.fixture
+async def authority(
+    database: Running,
+    settings: Settings,
+    keks: KeyEncryptionKeys,
+    operator_credential: Credential,
+) -> AsyncGenerator[Authority, None]:
+    """A running authority, with its keys and its first operator."""
+    built = Authority(settings, dsn=database.service_dsn, keks=keks)
+    async with built.litestar.lifespan():
+        assert built.health().ready
+        yield built
+
+
+@pytest.fixture
+async def connect_client(
+    authority: Authority, settings: Settings
+) -> AsyncGenerator[Callable[..., httpx.AsyncClient], None]:
+    """Make a client of the authority; headers as given."""
+    async with AsyncExitStack() as clients:
+
+        def connected(**headers: str) -> httpx.AsyncClient:
+            client = httpx.AsyncClient(
+                transport=httpx.ASGITransport(app=authority.asgi),
+                base_url=settings.issuer,
+                headers=headers,
+            )
+            clients.push_async_callback(client.aclose)
+            return client
+
+        yield connected
+
+
+@pytest.fixture
+def client(connect_client: Callable[..., httpx.AsyncClient]) -> httpx.AsyncClient:
+    """A client that sends no token."""
+    return connect_client()
+
+
+@pytest.fixture
+def sign_in(
+    client: httpx.AsyncClient, connect_client: Callable[..., httpx.AsyncClient]
+) -> Callable[..., Awaitable[httpx.AsyncClient]]:
+    """Exchange a credential and return a client that sends the token; more form fields as given."""
+
+    async def signed_in(credential: Credential, **form: str) -> httpx.AsyncClient:
+        answer = await client.post(
+            "/oauth/token", auth=credential, data={"grant_type": "client_credentials", **form}
+        )
+        assert answer.status_code == 200, answer.text
+        return connect_client(Authorization=f"Bearer {answer.json()['access_token']}")
+
+    return signed_in
+
+
+@pytest.fixture
+async def operator(
+    sign_in: Callable[..., Awaitable[httpx.AsyncClient]], operator_credential: Credential
+) -> httpx.AsyncClient:
+    """A client that sends the first operator's token, which has every admin scope."""
+    return await sign_in(operator_credential)
+
+
+@pytest.fixture
+def enrol(operator: httpx.AsyncClient) -> Callable[..., Awaitable[Credential]]:
+    """Create a service user (fields as given) with a credential, and return that."""
+
+    async def enrolled(name: str, **fields: Any) -> Credential:
+        body = {"name": name, "source_system": "vkyc", **fields}
+        created = await operator.post("/api/v1/service-users", json=body)
+        assert created.status_code == 201, created.text
+        credentials = f"/api/v1/service-users/{created.json()['id']}/credentials"
+        credential = await operator.post(credentials, json={"label": "first"})
+        assert credential.status_code == 201, credential.text
+        return credential.json()["client_id"], credential.json()["client_secret"]
+
+    return enrolled
+
+
+@pytest.fixture
+def enrol_operator(
+    enrol: Callable[..., Awaitable[Credential]], settings: Settings
+) -> Callable[..., Awaitable[Credential]]:
+    """Create a service user with these admin scopes and the admin API's audience."""
+
+    async def enrolled(name: str, *scopes: str) -> Credential:
+        return await enrol(name, scopes=list(scopes), audiences=[settings.api_audience])
+
+    return enrolled
+
+
+@pytest.fixture
+async def vkyc(enrol: Callable[..., Awaitable[Credential]]) -> Credential:
+    """The credential of an integrator: vkyc-prod with ingest:write and search:read."""
+    return await enrol(
+        "vkyc-prod", scopes=["ingest:write", "search:read"], contact="kyc-team@example.com"
+    )
+
+
+@pytest.fixture
+def records(operator: httpx.AsyncClient) -> Callable[..., Awaitable[Records]]:
+    """Query the audit log (filters as given) until `count` events are on record, repeats counted.
+
+    Fails if there are more, or fewer after a while.
+    """
+
+    async def found(count: int = 1, **filters: str) -> Records:
+        deadline = time.monotonic() + VISIBLE_WITHIN
+        while True:
+            answer = await operator.get("/api/v1/audit-records", params={"limit": 1000, **filters})
+            assert answer.status_code == 200, answer.text
+            page: Records = answer.json()["records"]
+            events = sum(record["repeats"] for record in page)
+            if events >= count or time.monotonic() > deadline:
+                assert events == count, page
+                return page
+            await asyncio.sleep(0.02)
+
+    return found
+
+
+@pytest.fixture
+def sql(database: Running) -> Callable[..., Awaitable[list[asyncpg.Record]]]:
+    """Run SQL as superuser: as a thief, or to bring about what takes days otherwise."""
+
+    async def run(statement: str, *arguments: object) -> list[asyncpg.Record]:
+        connection = await asyncpg.connect(database.superuser_dsn.reveal(), timeout=10)
+        try:
+            return await connection.fetch(statement, *arguments)
+        finally:
+            await connection.close(timeout=5)
+
+    return run
+
+
+def _sealed(key: RSAPrivateKey, keks: KeyEncryptionKeys) -> NewKey:
+    der = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+    kid = thumbprint(key.public_key())
+    return NewKey(
+        kid=kid,
+        signer=LOCAL,
+        public_key=key.public_key(),
+        sealed_private=keks.seal(der, purpose="signing-key", kid=kid),
+    )
+
+
+def _set_up_record() -> AuditRecord:
+    return AuditRecord(
+        id=new_record_id(time.time()),
+        action=Action.SIGNING_KEY_PREPARE,
+        outcome=Outcome.SUCCESS,
+        actor="tests",
+    )
