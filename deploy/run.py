@@ -35,7 +35,8 @@ SHOWN: Final = 60
 INTEGRATOR: Final = {
     "name": "vkyc-prod",
     "source_system": "vkyc",
-    "owner": "make run",
+    "owner": "Video KYC",
+    "contact": "vkyc@bank.example",
     "description": "The integrator of the example.",
     "scopes": ["ingest:write", "search:read"],
 }
@@ -131,9 +132,13 @@ def _run(places: Places) -> None:
             _await_ready("ingest", f"{places.ingest}/healthz", ingest, places.ingest_log)
             operator = _operator(places)
             integrator = _integrator(places, operator)
-            access_token = _show_exchange(places, integrator)
-            _show_upload(places, access_token)
-            _show_record(places, operator, access_token)
+            try:
+                access_token = _show_exchange(places, integrator)
+                _show_upload(places, access_token)
+                _show_record(places, operator, access_token)
+            except Failed as refusal:
+                # Whoever changed the integrator can change it back only while the authority runs.
+                click.echo(f"\n{refusal}\nWas {INTEGRATOR['name']} changed? Change it back.")
             _show_what_to_paste(places, operator, integrator)
             _stay({"authority": authority, "ingest": ingest}, places)
 
@@ -246,13 +251,18 @@ def _integrator(places: Places, operator: Credential) -> Credential:
             HTTPStatus.OK,
             api.get("/service-users", params={"source_system": INTEGRATOR["source_system"]}),
         )
-        found = [each["id"] for each in listed["service_users"] if each["name"] == name]
+        found = [each for each in listed["service_users"] if each["name"] == name]
         if not found:
-            created = api.post("/service-users", json=INTEGRATOR)
-            found = [_expect(HTTPStatus.CREATED, created)["id"]]
+            found = [_expect(HTTPStatus.CREATED, api.post("/service-users", json=INTEGRATOR))]
+        service_user = f"/service-users/{found[0]['id']}"
+        if found[0]["status"] == "disabled":
+            _expect(HTTPStatus.OK, api.post(f"{service_user}/enable"))
+            if kept is not None and _exchange(places, kept).is_success:
+                _line("integrator", f"{name}, enabled again, kept in {places.integrator}")
+                return kept
         made = _expect(
             HTTPStatus.CREATED,
-            api.post(f"/service-users/{found[0]}/credentials", json={"label": "make run"}),
+            api.post(f"{service_user}/credentials", json={"label": "make run"}),
         )
     _keep(places.integrator, {key: made[key] for key in ("client_id", "client_secret")})
     _line("integrator", f"{name}, made through the API, kept in {places.integrator}")
@@ -367,8 +377,7 @@ def _expect(status: HTTPStatus, answer: httpx.Response) -> dict[str, Any]:
     if answer.status_code != status:
         raise Failed(
             f"{answer.request.method} {answer.request.url} answered {answer.status_code}:\n"
-            f"{answer.text}\nIf you changed {INTEGRATOR['name']}: change it back, or begin with "
-            "nothing (rm -r var)."
+            f"{answer.text}"
         )
     body: dict[str, Any] = answer.json()
     return body

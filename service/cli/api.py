@@ -182,9 +182,8 @@ class Authority:
         """Return the id of a service user; what has the form of an id is one."""
         if _CLIENT_ID.fullmatch(id_or_name):
             return id_or_name
-        for user in self.pages("/service-users", "service_users", page_size=200):
-            if user["name"] == id_or_name:
-                return user["id"]
+        for user in self.pages("/service-users", "service_users", page_size=1, name=id_or_name):
+            return user["id"]
         raise Refused(
             f"There is no service user named {printable(id_or_name)}. "
             "`privyseal service-users list` shows those that there are."
@@ -274,7 +273,7 @@ class Authority:
 
     async def _within_deadline(self, request: httpx.Request) -> httpx.Response:
         # httpx counts its timeout anew with every read; this one is for the whole call.
-        async with asyncio.timeout(None):
+        async with asyncio.timeout(DEADLINE):
             return await self._http.send(request)
 
     def _unreachable(self, url: httpx.URL, error: httpx.ConnectError) -> Unavailable:

@@ -1,6 +1,6 @@
 """The commands that run where the database is: serve, migrate, bootstrap, doctor.
 
-Everything that an operator does from elsewhere goes through the API: `client.py`.
+Everything that an operator does from elsewhere goes through the API: `api.py`.
 """
 
 # Nothing here may import prometheus_client before `serve` has set its directory: what does is

@@ -29,12 +29,12 @@ class AdminAPI:
 
     @classmethod
     async def enter(cls, authority: LiveAuthority) -> "AdminAPI":
-        """Make the first operator and exchange its credential."""
+        """Exchange the credential of the first operator."""
         client = httpx.AsyncClient(base_url=authority.issuer, timeout=15)
         answer = await client.post(
             "/oauth/token",
             data={"grant_type": "client_credentials", "resource": f"{authority.issuer}/api/v1"},
-            auth=authority.bootstrap(),
+            auth=authority.operator,
         )
         assert answer.status_code == 200, answer.text
         client.headers["Authorization"] = f"Bearer {answer.json()['access_token']}"

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -113,8 +114,9 @@ class LiveAuthority:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) != 0
 
-    def bootstrap(self) -> tuple[str, str]:
-        """Return `client_id` and `client_secret` of the first operator."""
+    @cached_property
+    def operator(self) -> tuple[str, str]:
+        """`client_id` and `client_secret` of the first operator, made when first asked for."""
         done = subprocess.run(
             [PRIVYSEAL, "bootstrap", "--json"],
             env=self._environ,

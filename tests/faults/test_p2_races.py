@@ -7,7 +7,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Generator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -49,27 +49,38 @@ class Target:
     unavailable: int = 0
 
 
-@pytest.mark.parametrize("factory", [None, "tests.faults.variants:deaf"], ids=["listen", "deaf"])
+@pytest.fixture(scope="module")
+def authority() -> Generator[LiveAuthority, None, None]:
+    """The product itself, two worker processes."""
+    with live_authority(workers=WORKERS) as authority:
+        yield authority
+
+
 async def test_after_an_act_returned_no_process_issues_what_it_forbids(
-    factory: str | None, capsys: pytest.CaptureFixture[str]
+    authority: LiveAuthority, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with live_authority(workers=WORKERS, factory=factory) as authority:
-        targets = await _raced(authority, acts=ACTS)
-    verdict = _verdict(targets)
+    targets = await _raced(authority, acts=ACTS)
     with capsys.disabled():
-        print(f"\nP2 {'with' if factory is None else 'without'} LISTEN: {_summary(targets)}")
-    assert sum(_forbidding_acts(targets).values()) == ACTS
-    assert verdict.decided > 5 * ACTS, "hardly any race: this run proves nothing"
-    assert verdict.forbidden_tokens == 0
-    assert verdict.wrong_refusals == 0
+        print(f"\nP2 with LISTEN: {_summary(targets)}")
+    _assert_kept(targets)
+
+
+async def test_without_listen_the_versions_alone_keep_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with live_authority(workers=WORKERS, factory="tests.faults.variants:deaf") as deaf:
+        targets = await _raced(deaf, acts=ACTS)
+    with capsys.disabled():
+        print(f"\nP2 without LISTEN: {_summary(targets)}")
+    _assert_kept(targets)
 
 
 async def test_the_same_check_finds_tokens_from_a_trusted_cache(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     factory = "tests.faults.variants:trusting_its_cache"
-    with live_authority(workers=WORKERS, factory=factory) as authority:
-        targets = await _raced(authority, acts=40)
+    with live_authority(workers=WORKERS, factory=factory) as gullible:
+        targets = await _raced(gullible, acts=40)
     verdict = _verdict(targets)
     with capsys.disabled():
         print(f"\nP2 switched off: {_summary(targets)}")
@@ -77,29 +88,28 @@ async def test_the_same_check_finds_tokens_from_a_trusted_cache(
     assert verdict.wrong_refusals > 0
 
 
-async def test_a_rotation_under_load_fails_no_request(capsys: pytest.CaptureFixture[str]) -> None:
-    with live_authority(workers=WORKERS) as authority:
-        admin = await AdminAPI.enter(authority)
-        credential = await admin.create_credential(
-            await admin.create_service_user("vkyc-rotation", sorted(ALL))
-        )
-        await admin.leave()
-        request = exchange_request(credential.client_id, credential.client_secret)
-        answers: list[tuple[float, int, bytes]] = []
-        key_sets: list[tuple[float, bytes]] = []
-        async with _running(
-            *(_exchange_for_ever(authority.port, request, answers) for _ in range(16)),
-            _fetch_keys_for_ever(authority.port, key_sets),
-        ):
-            await asyncio.sleep(0.3)
-            await _rotate(authority, times=ROTATIONS)
-            await asyncio.sleep(0.5)
+async def test_a_rotation_under_load_fails_no_request(
+    authority: LiveAuthority, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers, key_sets = await _rotated(authority, times=ROTATIONS)
     statuses = Counter(status for _, status, _ in answers)
     kids = _kids_after_verification(answers, key_sets)
     with capsys.disabled():
         print(f"\nRotation: {ROTATIONS} rotations, answers {dict(statuses)}, kids {len(kids)}")
     assert set(statuses) == {200}
     assert len(kids) == ROTATIONS + 1
+
+
+async def test_the_same_load_finds_processes_that_do_not_read_the_ring_again(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    factory = "tests.faults.variants:keeping_its_first_ring"
+    with live_authority(workers=WORKERS, factory=factory) as stubborn:
+        answers, _ = await _rotated(stubborn, times=1)
+    statuses = Counter(status for _, status, _ in answers)
+    with capsys.disabled():
+        print(f"\nRotation, switched off: 1 rotation, answers {dict(statuses)}")
+    assert statuses[503] > 0
 
 
 async def _raced(authority: LiveAuthority, *, acts: int) -> list[Target]:
@@ -200,6 +210,30 @@ async def _exchange_for_ever(
         answers.append((time.monotonic(), status, body))
 
 
+async def _rotated(
+    authority: LiveAuthority, *, times: int
+) -> tuple[list[tuple[float, int, bytes]], list[tuple[float, bytes]]]:
+    """Rotate under the load of sixteen clients; return their answers and the key sets meanwhile."""
+    admin = await AdminAPI.enter(authority)
+    service_user_id = await admin.create_service_user("vkyc-rotation", sorted(ALL))
+    credential = await admin.create_credential(service_user_id)
+    await admin.leave()
+    request = exchange_request(credential.client_id, credential.client_secret)
+    answers: list[tuple[float, int, bytes]] = []
+    key_sets: list[tuple[float, bytes]] = []
+    async with _running(
+        *(
+            _exchange_for_ever(authority.port, request, answers)
+            for _ in range(SERVICE_USERS * CLIENTS_EACH)
+        ),
+        _fetch_keys_for_ever(authority.port, key_sets),
+    ):
+        await asyncio.sleep(0.3)
+        await _rotate(authority, times=times)
+        await asyncio.sleep(0.3)
+    return answers, key_sets
+
+
 async def _fetch_keys_for_ever(port: int, key_sets: list[tuple[float, bytes]]) -> None:
     connection = await Connection.open(port)
     while True:
@@ -275,6 +309,14 @@ async def _running(*work: Any) -> AsyncGenerator[None, None]:
 
 def _verdict(targets: list[Target]) -> Verdict:
     return sum((target.history.judge() for target in targets), Verdict())
+
+
+def _assert_kept(targets: list[Target]) -> None:
+    verdict = _verdict(targets)
+    assert sum(_forbidding_acts(targets).values()) == ACTS
+    assert verdict.decided > 5 * ACTS, "hardly any race: this run proves nothing"
+    assert verdict.forbidden_tokens == 0
+    assert verdict.wrong_refusals == 0
 
 
 def _forbidding_acts(targets: list[Target]) -> Counter[str]:

@@ -4,12 +4,14 @@ Application factories for `serve_variant.py`; nothing here is for any other use.
 """
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 from unittest.mock import patch
 
 import msgspec
 from litestar.types import ASGIApp
 
+from keys.keyring import KeyRing
 from service import app
 from service.authority.audit import AuditRecord
 from service.authority.errors import AuditUnavailable
@@ -34,6 +36,11 @@ def trusting_its_cache() -> ASGIApp:
     return _created(_TrustingItsCache)
 
 
+def keeping_its_first_ring() -> ASGIApp:
+    """A rotation's retry off: whoever decided with a key that is active no more never learns."""
+    return _created(_KeepingItsFirstRing)
+
+
 def _created(variant: type[app.Authority]) -> ASGIApp:
     with patch.object(app, "Authority", variant):
         return app.create_app()
@@ -47,10 +54,8 @@ class _AnsweringBeforeCommit(app.Authority):
 
         async def commit_later(record: AuditRecord) -> None:
             await asyncio.sleep(COMMIT_DELAY)
-            try:
+            with suppress(AuditUnavailable):  # too late to tell anybody: that is the fault
                 await append(record)
-            except AuditUnavailable:
-                pass  # too late to tell anybody: that is the fault
 
         async def append_later(record: AuditRecord) -> bool:
             task = asyncio.create_task(commit_later(record))
@@ -89,3 +94,15 @@ class _TrustingItsCache(_Deaf):
 
         self.audit.append = append_without_version
         self.directory.cached = cached_for_five_seconds
+
+
+class _KeepingItsFirstRing(_Deaf):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        fresh = self.keys.fresh
+
+        async def fresh_until_it_signs() -> KeyRing:
+            ring = self.keys.ring
+            return ring if ring.active and ring.pending else await fresh()
+
+        self.keys.fresh = fresh_until_it_signs

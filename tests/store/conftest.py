@@ -227,9 +227,8 @@ def act() -> Callable[..., AuditRecord]:
     """Make the record of an administrative act; fields as given."""
 
     def made(action: Action, **fields: Any) -> AuditRecord:
-        return AuditRecord(
-            id=new_record_id(time.time()), action=action, outcome=Outcome.SUCCESS, **fields
-        )
+        fields.setdefault("id", new_record_id(time.time()))
+        return AuditRecord(action=action, outcome=Outcome.SUCCESS, **fields)
 
     return made
 
