@@ -34,7 +34,7 @@ $(PRIVYSEAL): $(LOCKED) pyproject.toml
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VERIFIER): $(LOCKED) deploy/verifier/pyproject.toml deploy/verifier/README.md $(wildcard keys/verifier/*)
+$(VERIFIER): $(LOCKED) deploy/verifier/pyproject.toml deploy/verifier/README.md $(wildcard keys/verifier/*.py)
 	@$(PIP) install --no-deps --no-build-isolation --force-reinstall ./deploy/verifier
 	@touch $@
 
@@ -54,7 +54,7 @@ check: install ## Lint, format, types, imports, Dockerfile, openapi.yaml
 	$(BIN)/python deploy/openapi.py | diff -u openapi.yaml - || { echo "Run: make openapi" >&2; exit 1; }
 
 bench: install ## Measure exchanges per second against the bare signature
-	$(BIN)/python tests/bench/run.py
+	$(BIN)/python -m tests.bench.bench
 
 openapi: install ## Write openapi.yaml from the code
 	$(BIN)/python deploy/openapi.py > openapi.yaml.new

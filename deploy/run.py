@@ -105,7 +105,8 @@ def main() -> None:
     parser.add_argument("--ingest-port", type=int, default=DEFAULT_PORTS[1])
     given = parser.parse_args()
     os.chdir(REPOSITORY)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    # SIGINT too: whoever starts us in the background may have set it to be ignored.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     places = Places(given.port, given.ingest_port)
     try:

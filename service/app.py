@@ -166,6 +166,7 @@ class Authority:
             store=users,
             operators=operators,
             clock=self.clock,
+            api_audience=settings.api_audience,
             audience=settings.audience,
             token_lifetime=settings.token_lifetime,
         )

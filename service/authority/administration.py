@@ -127,12 +127,14 @@ class Administration:
         store: ServiceUserStore,
         operators: Operators,
         clock: Clock,
+        api_audience: str,
         audience: str,
         token_lifetime: int,
     ) -> None:
         self._store = store
         self._operators = operators
         self._clock = clock
+        self._api_audience = api_audience
         self._audience = audience
         self._token_lifetime = token_lifetime
 
@@ -189,6 +191,7 @@ class Administration:
         async def act(operator: Operator) -> ServiceUser | None:
             operator.require(AdminScope.SERVICE_USERS_WRITE)
             operator.require_all(created.admin_scopes)
+            self._require_api_audience(created)
             record = self._record(
                 Action.SERVICE_USER_CREATE, operator, created, 0, origin, _rights(created)
             )
@@ -224,6 +227,7 @@ class Administration:
                 )
             after = msgspec.structs.replace(before, **fields)
             operator.require_all(before.admin_scopes | after.admin_scopes)
+            self._require_api_audience(after)
             return await self._replace(Action.SERVICE_USER_CHANGE, operator, before, after, origin)
 
         return await self._with_live_tokens(await self._decided_on_current(operator, act))
@@ -329,6 +333,14 @@ class Administration:
         subject = await self._store.fresh(service_user_id)
         revoked = next(held for held in subject.credentials if held.id == credential_id)
         return revoked, await self._store.live_tokens(service_user_id, credential_id)
+
+    def _require_api_audience(self, user: ServiceUser) -> None:
+        """Raise Invalid for admin scopes that no token could carry: so the last operator would
+        lock everybody out."""
+        if user.admin_scopes and self._api_audience not in user.audiences:
+            raise Invalid(
+                f"{min(user.admin_scopes)} needs the audience {self._api_audience}.", "/audiences"
+            )
 
     async def _replace(
         self,
@@ -452,7 +464,7 @@ def _expiry(expires_at: datetime | None, now: datetime) -> datetime:
             f"Expected a time between now and {MAX_CREDENTIAL_LIFETIME.days} days from now.",
             "/expires_at",
         )
-    return expires_at
+    return expires_at.astimezone(UTC)
 
 
 def _rights(user: ServiceUser) -> dict[str, Any]:

@@ -234,6 +234,7 @@ class AuditLog:
         self._connected = 0
         self._grants: deque[_Waiting] = deque()
         self._refusals: deque[_Waiting] = deque()
+        self._under_way = 0
         self._arrived = asyncio.Event()
         self._repeats: dict[tuple[str | None, ...], _Repeat] = {}
 
@@ -278,7 +279,13 @@ class AuditLog:
 
     async def _append_refusal(self, record: AuditRecord) -> bool:
         """Equal refusals of one second share a record; each is compared with what is in force."""
-        key = (record.client_address, record.service_user_id, record.action, record.reason)
+        key = (
+            record.client_address,
+            record.service_user_id,
+            record.actor_id,
+            record.action,
+            record.reason,
+        )
         if (repeat := self._repeats.get(key)) is None:
             if len(self._repeats) < MAX_QUEUED_REFUSALS:
                 self._repeats[key] = _Repeat(record)
@@ -291,8 +298,8 @@ class AuditLog:
         return current
 
     def _end_repeats(self, key: tuple[str | None, ...]) -> None:
-        repeat = self._repeats.pop(key)
-        if repeat.count == 0:
+        repeat = self._repeats.pop(key, None)
+        if repeat is None or repeat.count == 0:
             return
         if not self.available or len(self._refusals) >= MAX_QUEUED_REFUSALS:
             _count_unrecorded(repeat.record, repeat.count)
@@ -320,7 +327,7 @@ class AuditLog:
         """Return when all that was appended is settled; for an orderly stop, after the requests."""
         for key in tuple(self._repeats):
             self._end_repeats(key)
-        while self.available and (self._grants or self._refusals):  # noqa: ASYNC110
+        while self.available and (self._grants or self._refusals or self._under_way):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
     async def _keep_writing(self, writer: RecordWriter) -> None:
@@ -354,6 +361,13 @@ class AuditLog:
             return False
         if not (batch := self._take()):
             return True
+        self._under_way += 1
+        try:
+            return await self._commit(writer, batch)
+        finally:
+            self._under_way -= 1
+
+    async def _commit(self, writer: RecordWriter, batch: list[_Waiting]) -> bool:
         try:
             verdicts = await writer.commit([waiting.record for waiting in batch])
         except RecordsRejected:

@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -67,11 +68,13 @@ def serve(host: str, port: int, workers: int) -> None:
         _make_kek(settings.kek_path)
         _run(_migrated(running.owner_dsn))
     _run(_preflight(settings))
+    # uvicorn raises the signal that stopped it once more: it must end this command, not kill it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     log.info("serving", url=f"http://{host}:{port}", issuer=settings.issuer, workers=workers)
     try:
         _serve(host, port, workers)
     finally:
-        # A courtesy: the embedded server also ends by itself when this process is gone.
+        # A courtesy: the embedded server ends by itself, less gently, when this process is gone.
         if embedded is not None:
             embedded.stop()
 

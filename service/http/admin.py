@@ -42,7 +42,7 @@ from service.authority.model import (
 )
 from service.authority.operators import Operator, Operators
 from service.http.context import note, noted, origin_of
-from service.http.errors import NO_STORE, Refused
+from service.http.errors import NO_STORE, Refused, invalid_body
 
 AnyRequest = Request[Any, Any, Any]
 
@@ -397,8 +397,8 @@ async def operator_of(request: AnyRequest) -> Operator:
 
 
 async def check_form(request: AnyRequest) -> None:
-    """Refuse what the framework would take: other content types, doubled JSON members, unknown
-    or doubled query parameters, and control characters in any string."""
+    """Refuse what the framework would take: other content types, doubled JSON members, "900" for
+    900, unknown or doubled query parameters, and control characters in any string."""
     parameters = request.route_handler.parsed_fn_signature.parameters
     known = {name for name, field in parameters.items() if field.has_default}
     names = [name for name, _ in request.query_params.multi_items()]
@@ -418,6 +418,10 @@ async def check_form(request: AnyRequest) -> None:
         raise Refused(HTTPStatus.BAD_REQUEST, f"The body is no JSON object: {error}.") from None
     if any(_CONTROL.search(text) for text in _strings(body)):
         raise Refused(HTTPStatus.BAD_REQUEST, "Strings must not hold control characters.")
+    try:
+        msgspec.convert(body, parameters["data"].annotation)
+    except msgspec.ValidationError as error:
+        raise invalid_body(error) from None
 
 
 def refusal_record(scope: Mapping[str, Any], now: float) -> AuditRecord:

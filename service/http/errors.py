@@ -4,6 +4,7 @@ The only place that knows statuses. The client sees the code, the log sees the d
 """
 
 import random
+import re
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any, Final, cast
@@ -139,17 +140,25 @@ def store_unavailable(request: AnyRequest, _: Exception) -> Response[bytes]:
     )
 
 
+def invalid_body(error: msgspec.ValidationError) -> Invalid:
+    """Return the refusal of a JSON body, with a JSON pointer (RFC 6901) to where it is wrong."""
+    detail, _, path = str(error).partition(" - at `$")
+    parts: list[str] = re.findall(r"[^.\[\]`]+", path)
+    # It may repeat the name of a member, as long as the body was.
+    sentence = f"{'.'.join(parts)}: {detail[:200]}" if parts else detail[:200]
+    return Invalid(sentence, "".join(f"/{part}" for part in parts))
+
+
 def invalid_input(request: AnyRequest, error: ValidationException) -> Response[bytes]:
-    """Answer input that does not have its stated form, with a JSON pointer to each field."""
+    """Answer parameters of the path and the query that do not have their stated form."""
     note(request.scope, refused="invalid")
     faults = cast("list[dict[str, str]]", error.extra or [])
-    errors = [{**_where(fault), "detail": fault["message"]} for fault in faults]
-    detail = "; ".join(f"{fault.get('key') or 'body'}: {fault['message']}" for fault in faults)
     return problem(
         request,
         HTTPStatus.UNPROCESSABLE_ENTITY,
-        detail or "The request does not have the stated form.",
-        errors=errors,
+        "; ".join(f"{fault['key']}: {fault['message']}" for fault in faults)
+        or "The request does not have the stated form.",
+        errors=[{"parameter": fault["key"], "detail": fault["message"]} for fault in faults],
     )
 
 
@@ -193,13 +202,6 @@ EXCEPTION_HANDLERS: Final[dict[type[Exception], Callable[[AnyRequest, Any], Resp
     HTTPException: http_error,
     Exception: unexpected,
 }
-
-
-def _where(fault: Mapping[str, str]) -> dict[str, str]:
-    key = fault.get("key", "")
-    if fault.get("source", "body") != "body":
-        return {"parameter": key}
-    return {"pointer": "".join(f"/{part}" for part in key.split(".") if part)}
 
 
 def _challenge(request: AnyRequest, error: Unauthenticated) -> str:

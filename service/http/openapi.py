@@ -103,9 +103,12 @@ _PROBLEM: Final = _json(
             "status": Schema(type=OpenAPIType.INTEGER),
             "detail": _STRING,
             "request_id": _STRING,
+            "error": _STRING,
             "errors": Schema(
                 type=OpenAPIType.ARRAY,
-                items=_object({"pointer": _STRING, "detail": _STRING}, ["pointer", "detail"]),
+                items=_object(
+                    {"pointer": _STRING, "parameter": _STRING, "detail": _STRING}, ["detail"]
+                ),
             ),
         },
         ["type", "title", "status", "detail", "request_id"],

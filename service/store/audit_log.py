@@ -46,8 +46,10 @@ SELECT r.id, r.commit_order, r.recorded_at, r.action, r.outcome, r.reason, r.ser
 
 # Field of RecordFilter -> its condition; `{}` is the parameter.
 _CONDITIONS: Final = {
+    # An id first: a service user may be named like the id of another, and must hide nothing.
     "service_user": "r.service_user_id = "
-    "coalesce((SELECT su.id FROM service_users su WHERE su.name = {0}), {0})",
+    "coalesce((SELECT su.id FROM service_users su WHERE su.id = {0}),"
+    " (SELECT su.id FROM service_users su WHERE su.name = {0}), {0})",
     "source_system": "r.source_system = {0}",
     "credential_id": "r.credential_id = {0}",
     "actor": "(r.actor_id = {0} OR r.actor = {0})",
@@ -56,8 +58,10 @@ _CONDITIONS: Final = {
     "request_id": "r.request_id = {0}",
     "jti": "r.id = {0}",
     # An id is drawn shortly before its record is committed: its month's partition is enough.
-    "since": "r.recorded_at >= {0} AND r.id >= uuidv7_floor_1({0} - interval '1 hour')",
-    "until": "r.recorded_at < {0} AND r.id < uuidv7_floor_1({0} + interval '1 hour')",
+    "since": "r.recorded_at >= {0}"
+    " AND r.id >= uuidv7_floor_1(greatest({0} - interval '1 hour', to_timestamp(0)))",
+    "until": "r.recorded_at < {0}"
+    " AND r.id < uuidv7_floor_1(greatest({0} + interval '1 hour', to_timestamp(0)))",
 }
 _TYPES: Final = {"jti": "uuid", "since": "timestamptz", "until": "timestamptz"}
 

@@ -60,10 +60,12 @@ class ChangeListener:
 
         try:
             with loss_as_unavailable():
+                # Wakes the loop below, which then ends.
+                connection.add_termination_listener(signing_keys_changed)
                 await connection.add_listener(SERVICE_USERS, service_user_changed)
                 await connection.add_listener(SIGNING_KEYS, signing_keys_changed)
                 await self._on_connect()
-                while True:
+                while not connection.is_closed():
                     try:
                         async with asyncio.timeout(_PING):
                             await rings_changed.wait()

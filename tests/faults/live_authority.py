@@ -130,6 +130,8 @@ class LiveAuthority:
 
     def _workers(self) -> list[psutil.Process]:
         assert self._parent is not None
+        if self.worker_count == 1:
+            return [self._parent]  # uvicorn then serves in the parent itself
         try:
             return [
                 child

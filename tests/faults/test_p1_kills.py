@@ -27,6 +27,7 @@ pytestmark = pytest.mark.anyio
 
 KILLS = 20
 CLIENTS = 8
+EXCHANGES_A_CONNECTION = 20  # so that a worker that came back gets its share
 WORKERS = 2
 ALL_SERVE_DEADLINE = 20.0
 PARENT_GONE_DEADLINE = 5.0
@@ -147,7 +148,7 @@ async def _exchange_for_ever(port: int, client: int, request: bytes, journal: Jo
     while True:
         try:
             connection = await Connection.open(port)
-            while True:
+            for _ in range(EXCHANGES_A_CONNECTION):
                 journal.begun(client)
                 status, body = await connection.request(request)
                 if status == 200:
@@ -157,6 +158,7 @@ async def _exchange_for_ever(port: int, client: int, request: bytes, journal: Jo
                     assert status == 503, body
                 # Leaves the cores some room: a worker that comes back needs it.
                 await asyncio.sleep(random.uniform(0.0, 0.01))
+            connection.close()
         except (ConnectionError, TimeoutError):
             await asyncio.sleep(0.02)
 
@@ -167,8 +169,9 @@ async def _under_fire(authority: LiveAuthority, journal: Journal, *, kills: int)
     for count in cycle((1, WORKERS)):
         if findings.kills == kills:
             break
-        await asyncio.sleep(random.uniform(0.1, 0.6))
         victims = random.sample(authority.serving_workers(), min(count, kills - findings.kills))
+        # After the search, which holds the clients up: the load must be running when it strikes.
+        await asyncio.sleep(random.uniform(0.2, 0.6))
         for victim in victims:
             victim.kill()
             findings.kills += 1

@@ -80,7 +80,7 @@ async def test_the_same_check_finds_tokens_from_a_trusted_cache(
 ) -> None:
     factory = "tests.faults.variants:trusting_its_cache"
     with live_authority(workers=WORKERS, factory=factory) as gullible:
-        targets = await _raced(gullible, acts=40)
+        targets = await _raced(gullible, acts=24)
     verdict = _verdict(targets)
     with capsys.disabled():
         print(f"\nP2 switched off: {_summary(targets)}")
@@ -185,6 +185,8 @@ async def _act(target: Target, kind: str, call: Awaitable[None], **change: Any) 
 async def _try_for_ever(port: int, target: Target) -> None:
     connection = await Connection.open(port)
     while True:
+        # Leaves the cores some room: the acts, too, have to come through.
+        await asyncio.sleep(random.uniform(0.0, 0.02))
         credential = random.choice(target.credentials[-2:])
         request = exchange_request(credential.client_id, credential.client_secret)
         begun = time.monotonic()

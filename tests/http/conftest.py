@@ -175,15 +175,15 @@ async def vkyc(enrol: Callable[..., Awaitable[Credential]]) -> Credential:
 def records(operator: httpx.AsyncClient) -> Callable[..., Awaitable[Records]]:
     """Query the audit log (filters as given) until `count` events are on record, repeats counted.
 
-    Fails if there are more, or fewer after a while.
+    Fails if there are more, or fewer after a while. `reason` is no filter of the API.
     """
 
-    async def found(count: int = 1, **filters: str) -> Records:
+    async def found(count: int = 1, *, reason: str | None = None, **filters: str) -> Records:
         deadline = time.monotonic() + VISIBLE_WITHIN
         while True:
             answer = await operator.get("/api/v1/audit-records", params={"limit": 1000, **filters})
             assert answer.status_code == 200, answer.text
-            page: Records = answer.json()["records"]
+            page = [r for r in answer.json()["records"] if reason in (None, r["reason"])]
             events = sum(record["repeats"] for record in page)
             if events >= count or time.monotonic() > deadline:
                 assert events == count, page

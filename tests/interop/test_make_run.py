@@ -12,41 +12,42 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 SHOWN_WITHIN = 60.0
+STOPPED_WITHIN = 60.0
 
 
-class Run:
-    """One `make run` on its own ports, from its start to Ctrl-C."""
-
-    def __init__(self, port: int, ingest_port: int, screen: Path) -> None:
-        self._screen = screen
-        ports = ("--port", str(port), "--ingest-port", str(ingest_port))
-        with screen.open("wb") as output:
-            self._process = subprocess.Popen(
-                (sys.executable, "deploy/run.py", *ports),
-                cwd=REPOSITORY,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
-
-    def shown(self) -> str:
-        """Return what is on the screen once it waits for Ctrl-C."""
+@contextmanager
+def _make_run(ports: tuple[int, int], screen: Path) -> Generator[str, None, None]:
+    """Yield what is on the screen once it waits for Ctrl-C; press that at the end."""
+    with screen.open("wb") as output:
+        process = subprocess.Popen(
+            (sys.executable, "deploy/run.py", *_options(ports)),
+            cwd=REPOSITORY,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+    try:
         deadline = time.monotonic() + SHOWN_WITHIN
-        while "Ctrl-C" not in (text := self._screen.read_text("utf-8")):
-            assert self._process.poll() is None, text
-            assert time.monotonic() < deadline, text
+        while "Ctrl-C" not in (shown := screen.read_text("utf-8")):
+            assert process.poll() is None, shown
+            assert time.monotonic() < deadline, shown
             time.sleep(0.1)
-        return text
+        yield shown
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(STOPPED_WITHIN)
+    assert process.returncode == 0
 
-    def stop(self) -> int:
-        self._process.send_signal(signal.SIGINT)
-        return self._process.wait(60)
+
+def _options(ports: tuple[int, int]) -> tuple[str, ...]:
+    return ("--port", str(ports[0]), "--ingest-port", str(ports[1]))
 
 
 @pytest.fixture
@@ -64,26 +65,23 @@ def ports() -> Generator[tuple[int, int], None, None]:
 def test_what_make_run_prints_can_be_pasted_and_a_second_run_keeps_the_operator(
     ports: tuple[int, int], tmp_path: Path
 ) -> None:
-    run = Run(*ports, tmp_path / "first")
-    shown = run.shown()
-    assert f"POST http://127.0.0.1:{ports[0]}/oauth/token → 200 OK" in shown
-    assert f"POST http://127.0.0.1:{ports[1]}/api/v1/ingest → 201 Created" in shown
     operator = REPOSITORY / "var" / f"{ports[0]}-{ports[1]}" / "operator.json"
-    assert operator.stat().st_mode & 0o777 == 0o600
+    with _make_run(ports, tmp_path / "first") as shown:
+        assert f"POST http://127.0.0.1:{ports[0]}/oauth/token → 200 OK" in shown
+        assert f"POST http://127.0.0.1:{ports[1]}/api/v1/ingest → 201 Created" in shown
+        assert operator.stat().st_mode & 0o777 == 0o600
+        uploaded = json.loads(_paste(shown, "TOKEN=", "Be the operator"))
+        assert (uploaded["service_user"], uploaded["source_system"]) == ("vkyc-prod", "vkyc")
+        listed = _paste(shown, "export ", "  API")
+        assert len(re.findall(r"token\.issue +success", listed)) >= 2
 
-    uploaded = json.loads(_paste(shown, "TOKEN=", "Be the operator"))
-    assert (uploaded["service_user"], uploaded["source_system"]) == ("vkyc-prod", "vkyc")
-    assert len(re.findall(r"token\.issue +success", _paste(shown, "export ", "  API"))) >= 2
-
-    assert run.stop() == 0
     for port in ports:
         with socket.socket() as attempt:
             assert attempt.connect_ex(("127.0.0.1", port)) != 0
 
-    again = Run(*ports, tmp_path / "second")
     kept = json.loads(operator.read_text("utf-8"))["client_id"]
-    assert f"PRIVYSEAL_CLIENT_ID={kept}" in again.shown()
-    assert again.stop() == 0
+    with _make_run(ports, tmp_path / "second") as shown:
+        assert f"PRIVYSEAL_CLIENT_ID={kept}" in shown
 
 
 def _paste(shown: str, begin: str, end: str) -> str:

@@ -5,7 +5,7 @@ import os
 import random
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +35,7 @@ from service.authority.errors import AuditUnavailable
 from service.authority.issuer import TokenIssuer
 from service.authority.model import ServiceUser, Subject, TokenRequest
 from service.store.audit_log import AuditRecords, PostgresRecordWriter, parse_cursor
-from service.store.database import Database, connect
+from service.store.database import Database
 from service.store.embedded import EmbeddedPostgres, Running
 from service.store.service_users import ServiceUsers, as_json
 
@@ -87,17 +87,15 @@ async def read_until(
 
 
 def refusal(**fields: Any) -> AuditRecord:
-    return AuditRecord(
-        **{
-            "id": new_record_id(time.time()),
-            "action": Action.TOKEN_ISSUE,
-            "outcome": Outcome.REFUSED,
-            "reason": "wrong_secret",
-            "client_address": "192.0.2.7",
-            "salt": bytes(16),
-            **fields,
-        }
-    )
+    defaults: dict[str, Any] = {
+        "id": new_record_id(time.time()),
+        "action": Action.TOKEN_ISSUE,
+        "outcome": Outcome.REFUSED,
+        "reason": "wrong_secret",
+        "client_address": "192.0.2.7",
+        "salt": bytes(16),
+    }
+    return AuditRecord(**{**defaults, **fields})
 
 
 # U4: the order of commits
@@ -315,7 +313,7 @@ async def test_erasing_what_is_personal_leaves_the_record_readable(
 
 
 @pytest.fixture
-def younger_server(data_dir: Path) -> Any:
+def younger_server(data_dir: Path) -> Generator[Running, None, None]:
     """A server whose transaction ids have hardly begun."""
     with EmbeddedPostgres(data_dir) as running:
         yield running
@@ -365,7 +363,17 @@ async def append_to(running: Running, record: AuditRecord) -> None:
     await writer.close()
 
 
+@pytest.mark.parametrize(
+    "era_is_open",
+    [
+        True,
+        # Whoever commits before a server has started there, such as `privyseal bootstrap
+        # --recover`, still writes into the old era, behind every reader's cursor.
+        pytest.param(False, marks=pytest.mark.xfail(strict=True, reason="the era opens too late")),
+    ],
+)
 async def test_a_log_that_was_restored_into_a_younger_cluster_hides_nothing_and_goes_on(
+    era_is_open: bool,
     database: Running,
     younger_server: Running,
     postgres_binaries: Path,
@@ -387,19 +395,18 @@ async def test_a_log_that_was_restored_into_a_younger_cluster_hides_nothing_and_
 
     async with Database(younger_server.service_dsn, application_name="test") as pool:
         restored = AuditRecords(pool)
+        first, second = (act(Action.AUDIT_QUERY, request_id=name) for name in ("1st", "2nd"))
         async with pool.connection() as connection:
-            # As every process does when it starts.
+            if not era_is_open:
+                await append_to(younger_server, first)
             assert await connection.fetchval("SELECT open_audit_era_1()") == 2
+            if era_is_open:
+                await append_to(younger_server, first)
             assert await connection.fetchval("SELECT open_audit_era_1()") == 2
-        assert await read(restored) == before
-        new = act(Action.AUDIT_QUERY, request_id="new")
-        await append_to(younger_server, new)
-        (after,) = await read_until(restored, [new], cursor=before[-1].cursor)
-        assert after.request_id == "new"
-        assert [record.id for record in await read(restored)] == [
-            *(record.id for record in before),
-            new.id,
-        ]
+        await append_to(younger_server, second)
+        shown = await read(restored, cursor=before[-1].cursor)
+        assert [record.request_id for record in shown] == ["1st", "2nd"]
+        assert list(await read(restored)) == [*before, *shown]
 
 
 # Refusals
@@ -565,14 +572,11 @@ async def test_under_constant_kills_every_true_is_on_record(
 
 
 async def test_without_postgres_a_record_is_refused_at_once_and_a_refusal_waits_for_nobody(
-    database: Running, superuser: Connection, open_log: OpenLog, act: MakeAct
+    superuser: Connection, open_log: OpenLog, act: MakeAct
 ) -> None:
     log = await open_log(1)
     name = await superuser.fetchval("SELECT current_database()")
-    elsewhere = await connect(
-        database.with_database("postgres").superuser_dsn, application_name="test"
-    )
-    await elsewhere.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+    await superuser.execute(f"ALTER DATABASE {name} CONNECTION LIMIT 0")
     await kill_writers(superuser)
     await asyncio.sleep(0.3)
     started = time.monotonic()
@@ -580,8 +584,7 @@ async def test_without_postgres_a_record_is_refused_at_once_and_a_refusal_waits_
         await log.append(act(Action.AUDIT_QUERY))
     await log.append_or_count(refusal())
     assert time.monotonic() - started < 0.1
-    await elsewhere.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
-    elsewhere.terminate()
+    await superuser.execute(f"ALTER DATABASE {name} CONNECTION LIMIT -1")
     async with asyncio.timeout(5):
         while not log.available:  # noqa: ASYNC110
             await asyncio.sleep(0.02)

@@ -103,6 +103,17 @@ def test_a_scope_that_was_not_granted_is_an_invalid_scope(scope: str, user: Serv
     assert "Granted: ingest:write search:read." in refused.value.description
 
 
+def test_a_scope_that_belongs_to_another_audience_is_an_invalid_scope(user: ServiceUser) -> None:
+    holder = replaced(
+        user, scopes=("ingest:write", AdminScope.AUDIT_READ.value), audiences=(INGEST, API)
+    )
+    assert narrow(holder, None, API, API) == (API, "audit:read")
+    for scope, resource in (("audit:read", INGEST), ("ingest:write audit:read", API)):
+        with pytest.raises(OAuthError) as refused:
+            narrow(holder, scope, resource, API)
+        assert refused.value.code is OAuthErrorCode.INVALID_SCOPE
+
+
 @given(
     held=st.lists(
         st.sampled_from(["ingest:write", "search:read", *ADMIN_SCOPES]), unique=True, max_size=10
@@ -121,7 +132,7 @@ def test_no_token_says_more_than_was_granted_and_admin_scopes_go_only_to_the_adm
 ) -> None:
     holder = replaced(user, scopes=tuple(held), audiences=tuple(audiences))
     try:
-        audience, scope = narrow(holder, asked and " ".join(asked), resource, API)
+        audience, scope = narrow(holder, None if asked is None else " ".join(asked), resource, API)
     except OAuthError:
         return
     scopes = scope.split()
