@@ -28,6 +28,7 @@ from service.authority.model import (
     ClientAddress,
     Clock,
     Credential,
+    Instant,
     Label,
     Line,
     LiveTokens,
@@ -115,7 +116,7 @@ class NewCredential(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """What it takes to create a credential; it ends after a year unless said otherwise."""
 
     label: Label
-    expires_at: datetime | None = None
+    expires_at: Instant | None = None
 
 
 class Administration:

@@ -246,6 +246,8 @@ class AuditLog:
     async def append(self, record: AuditRecord) -> bool:
         """Return once the record is durable: True, or False if it was decided on an old version.
 
+        Of equal refusals within a second the first is written at once and the others are counted
+        into a second record when it ends; each that names a version is compared all the same.
         Raise AuditUnavailable after 2 s, or at once when Postgres is away or the queue is full.
         """
         if record.outcome is Outcome.REFUSED:

@@ -7,7 +7,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from typing import Final, Protocol
+from typing import Protocol
 
 import msgspec
 import structlog
@@ -31,8 +31,6 @@ from service import metrics
 from service.authority.audit import Action, AuditRecord, Outcome, new_record_id
 from service.authority.errors import StoreUnavailable
 from service.authority.model import Clock
-
-MAX_STEPS: Final = 16
 
 log = structlog.stdlib.get_logger()
 
@@ -170,17 +168,18 @@ class KeyRotator:
             await asyncio.sleep(poll * random.uniform(0.8, 1.0))  # noqa: S311
 
     async def tick(self) -> Step:
-        """Read the ring and take steps until there is nothing to do; return that last Wait."""
+        """Read the ring and take what is due; return the step that remains: as a rule a Wait."""
         ring = await self._keys.fresh()
-        for _ in range(MAX_STEPS):
+        refused: Step | None = None
+        while True:
             step = next_step(ring, self._policy, self._clock())
-            if isinstance(step, Wait):
+            # Refused twice: the database's clock says not yet. Once: another process was faster.
+            if isinstance(step, Wait) or step == refused:
                 return step
-            await self._take(step, ring)
+            refused = None if await self._take(step, ring) else step
             ring = await self._keys.fresh()
-        raise AssertionError("the key ring does not come to rest")
 
-    async def _take(self, step: Prepare | Activate | Retire, ring: KeyRing) -> None:
+    async def _take(self, step: Prepare | Activate | Retire, ring: KeyRing) -> bool:
         match step:
             case Prepare():
                 # Prime numbers take up to seconds: not on the event loop.
@@ -197,6 +196,7 @@ class KeyRotator:
                 taken = await self._store.retire(kid, record)
         if taken:
             log.info("signing_key_step", step=type(step).__name__.lower(), kid=kid)
+        return taken
 
     def _record(self, action: Action, kid: str) -> AuditRecord:
         return AuditRecord(

@@ -22,14 +22,19 @@ Clock = Callable[[], float]
 # the tables. Control characters never get this far: no string of a request may hold one.
 SERVICE_USER_ID: Final = "^su_[a-z2-7]{24}$"
 CREDENTIAL_ID: Final = "^cr_[a-z2-7]{24}$"
-NAME: Final = "^[a-z0-9][a-z0-9._-]{0,62}$"
+# No underscore: so no name can be taken for an id.
+NAME: Final = "^[a-z0-9][a-z0-9.-]{0,62}$"
 SOURCE_SYSTEM: Final = "^[a-z][a-z0-9_]{0,62}$"
+SCOPE: Final = "[a-z][a-z0-9:._-]{0,63}"
 Name = Annotated[str, Meta(pattern=NAME, examples=["vkyc-prod"])]
 SourceSystem = Annotated[str, Meta(pattern=SOURCE_SYSTEM, examples=["vkyc"])]
-Line = Annotated[str, Meta(max_length=200)]
-Label = Annotated[str, Meta(min_length=1, max_length=100, examples=["2026 autumn"])]
-Text = Annotated[str, Meta(max_length=1000)]
-Scope = Annotated[str, Meta(pattern="^[a-z][a-z0-9:._-]{0,63}$", examples=["ingest:write"])]
+_PRINTABLE: Final = {"pattern": "^[^\\x00-\\x1f\\x7f]*$"}
+Line = Annotated[str, Meta(max_length=200, extra_json_schema=_PRINTABLE)]
+Label = Annotated[
+    str, Meta(min_length=1, max_length=100, examples=["2026 autumn"], extra_json_schema=_PRINTABLE)
+]
+Text = Annotated[str, Meta(max_length=1000, extra_json_schema=_PRINTABLE)]
+Scope = Annotated[str, Meta(pattern=f"^{SCOPE}$", examples=["ingest:write"])]
 # RFC 8707 §2: an absolute URI without fragment.
 Audience = Annotated[
     str,
@@ -38,8 +43,10 @@ Audience = Annotated[
         examples=["https://ingest.example"],
     ),
 ]
-Scopes = Annotated[list[Scope], Meta(max_length=32)]
-Audiences = Annotated[list[Audience], Meta(min_length=1, max_length=8)]
+_DISTINCT: Final = {"uniqueItems": True}
+Scopes = Annotated[list[Scope], Meta(max_length=32, extra_json_schema=_DISTINCT)]
+Audiences = Annotated[list[Audience], Meta(min_length=1, max_length=8, extra_json_schema=_DISTINCT)]
+Instant = Annotated[datetime, Meta(extra_json_schema={"format": "date-time"})]
 TokenLifetime = Annotated[int, Meta(ge=60, le=3600, examples=[900])]
 
 CLIENT_ID: Final = re.compile("su_[a-z2-7]{24}")

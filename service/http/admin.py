@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import Annotated, Any, Final
 
 import msgspec
-from litestar import Controller, Request, Response, get, patch, post
+from litestar import Controller, HttpMethod, Request, Response, get, patch, post
 from litestar.di import NamedDependency
 from litestar.params import JSONBody, PathParameter, QueryParameter
 from msgspec import Meta, Struct
@@ -30,6 +30,7 @@ from service.authority.model import (
     CLIENT_ID,
     CREDENTIAL_ID,
     NAME,
+    SCOPE,
     SERVICE_USER_ID,
     SOURCE_SYSTEM,
     AdminScope,
@@ -58,7 +59,9 @@ Cursor = Annotated[str, QueryParameter(pattern=f"^$|{NAME}")]
 NameQuery = Annotated[str | None, QueryParameter(pattern=NAME)]
 SourceSystemQuery = Annotated[str | None, QueryParameter(pattern=SOURCE_SYSTEM)]
 StatusQuery = Annotated[Status | None, QueryParameter()]
-TokenScope = Annotated[str, Meta(min_length=1, max_length=2200)]
+TokenScope = Annotated[
+    str, Meta(max_length=2200, pattern=f"^{SCOPE}( {SCOPE})*$", examples=["ingest:write"])
+]
 
 
 class ServiceUserBody(Struct, frozen=True, kw_only=True):
@@ -381,14 +384,27 @@ class SigningKeyController(Controller):
         )
 
 
-def gatekeeper(operators: Operators) -> Callable[[AnyRequest], Awaitable[None]]:
+def gatekeeper(
+    operators: Operators,
+) -> Callable[[AnyRequest], Awaitable[Response[None] | None]]:
     """Return what stands before every admin route: first who calls, then what was sent."""
 
-    async def let_in(request: AnyRequest) -> None:
+    async def let_in(request: AnyRequest) -> Response[None] | None:
         note(request.scope, operator=await operators.authenticate(_bearer_token(request)))
+        if request.method == HttpMethod.OPTIONS:
+            return _options(request)
         await check_form(request)
+        return None
 
     return let_in
+
+
+def _options(request: AnyRequest) -> Response[None]:
+    # The framework's own answer forgets the methods that it registered first.
+    path = request.scope["path_template"]
+    methods = next(route.methods for route in request.app.routes if route.path_format == path)
+    allow = ", ".join(sorted(methods))
+    return Response(None, status_code=HTTPStatus.NO_CONTENT, headers={"Allow": allow})
 
 
 async def operator_of(request: AnyRequest) -> Operator:

@@ -15,17 +15,20 @@ from litestar.params import FromQuery, QueryParameter, SkipValidation
 from msgspec import Struct
 
 from service.authority.audit import Action, Outcome, RecordFilter, RecordReader, StoredRecord
-from service.authority.model import CREDENTIAL_ID, NAME, SOURCE_SYSTEM, AdminScope
+from service.authority.model import CREDENTIAL_ID, NAME, SERVICE_USER_ID, SOURCE_SYSTEM, AdminScope
 from service.authority.operators import Operator
-from service.http.errors import Refused
+from service.http.errors import AnyRequest, Refused
 
-# An id of a service user has the form of a name, too.
-NameQuery = Annotated[str | None, QueryParameter(pattern=NAME)]
+# An id or a name, which never look alike.
+ServiceUserQuery = Annotated[str | None, QueryParameter(pattern=f"{SERVICE_USER_ID}|{NAME}")]
 SourceSystemQuery = Annotated[str | None, QueryParameter(pattern=SOURCE_SYSTEM)]
 CredentialQuery = Annotated[str | None, QueryParameter(pattern=CREDENTIAL_ID)]
 RequestIdQuery = Annotated[str | None, QueryParameter(pattern="^[A-Za-z0-9._-]{1,64}$")]
 PageSize = Annotated[int, QueryParameter(ge=1, le=1000)]
-Cursor = Annotated[str | None, QueryParameter(pattern=r"^[0-9]{1,18}\.[0-9a-f-]{36}$")]
+Cursor = Annotated[
+    str | None,
+    QueryParameter(pattern=r"^[0-9]{1,18}\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"),
+]
 
 
 class Order(StrEnum):
@@ -55,12 +58,13 @@ class AuditRecordController(Controller):
     @get("/", opt={"action": Action.AUDIT_QUERY})
     async def query(
         self,
+        request: AnyRequest,
         operator: NamedDependency[Operator],
         records: NamedDependency[SkipValidation[RecordReader]],
-        service_user: NameQuery = None,
+        service_user: ServiceUserQuery = None,
         source_system: SourceSystemQuery = None,
         credential: CredentialQuery = None,
-        actor: NameQuery = None,
+        actor: ServiceUserQuery = None,
         action: FromQuery[Action | None] = None,
         outcome: FromQuery[Outcome | None] = None,
         request_id: RequestIdQuery = None,
@@ -74,8 +78,12 @@ class AuditRecordController(Controller):
         """Query the log; every filter that is given must hold. Times need their offset."""
         operator.require(AdminScope.AUDIT_READ)
         for name, at in (("since", since), ("until", until)):
-            if at is not None and at.tzinfo is None:
-                raise Refused(HTTPStatus.BAD_REQUEST, f"{name} needs its offset, such as Z.")
+            # The framework takes a number for a time, too.
+            if at is not None and (at.tzinfo is None or ":" not in request.query_params[name]):
+                raise Refused(
+                    HTTPStatus.BAD_REQUEST,
+                    f"Expected {name} as a time with its offset, such as 2027-01-31T12:00:00Z.",
+                )
         wanted = RecordFilter(
             service_user=service_user,
             source_system=source_system,

@@ -3,19 +3,24 @@
 Serves JSON only; no page that loads scripts from elsewhere.
 """
 
-from typing import Final
+from typing import Final, cast
 
+import msgspec
 from litestar import Litestar
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import (
     Components,
     License,
+    OAuthFlow,
+    OAuthFlows,
     OpenAPIHeader,
     OpenAPIMediaType,
     OpenAPIResponse,
     Operation,
+    Parameter,
     PathItem,
+    Reference,
     RequestBody,
     Responses,
     Schema,
@@ -24,11 +29,22 @@ from litestar.openapi.spec import (
 )
 from litestar.openapi.spec.enums import OpenAPIType
 
+from service.authority.administration import NewCredential, NewServiceUser, ServiceUserChange
+from service.authority.model import AdminScope
 from service.http import token, well_known
+from service.http.admin import NewToken
 
 VERSION: Final = "0.1.0"
 
 _STRING: Final = Schema(type=OpenAPIType.STRING)
+_BODIES: Final = (NewServiceUser, ServiceUserChange, NewCredential, NewToken)
+_IF_MATCH: Final = Parameter(
+    name="If-Match",
+    param_in="header",
+    required=True,
+    description="The ETag of what is changed (428 without it, 412 if it was changed meanwhile).",
+    schema=Schema(type=OpenAPIType.STRING, pattern='^"[0-9]{1,18}"$'),
+)
 
 
 def config(issuer: str) -> OpenAPIConfig:
@@ -49,6 +65,16 @@ def config(issuer: str) -> OpenAPIConfig:
                     bearer_format="JWT",
                     description="An access token whose only audience is the issuer + /api/v1.",
                 ),
+                "client_credentials": SecurityScheme(
+                    type="oauth2",
+                    description="Where that token comes from, with `resource` as its audience.",
+                    flows=OAuthFlows(
+                        client_credentials=OAuthFlow(
+                            token_url=f"{issuer}{token.PATH}",
+                            scopes={scope.value: "" for scope in AdminScope},
+                        )
+                    ),
+                ),
                 "client_secret_basic": SecurityScheme(
                     type="http",
                     scheme="basic",
@@ -61,16 +87,22 @@ def config(issuer: str) -> OpenAPIConfig:
 
 
 def complete(app: Litestar) -> None:
-    """Add the raw routes, and to every admin operation the problem details it may answer."""
+    """Add the raw routes, the whole form of every body, and to every admin operation the problem
+    details that it may answer."""
     schema = app.openapi_schema
     assert schema.paths is not None
+    # Litestar's own schemas leave out what is inside a list, and that other members are refused.
+    _, bodies = msgspec.json.schema_components(_BODIES, ref_template="#/components/schemas/{name}")
+    schema.components.schemas.update(cast("dict[str, Schema]", bodies), Problem=_PROBLEM)
     for path, item in schema.paths.items():
         if path.startswith("/api/v1"):
             for operation in (item.get, item.post, item.patch):
                 if operation is not None and operation.responses is not None:
                     # Ours are problem details, with the statuses of RFC 9110.
                     operation.responses.pop("400", None)
-                    operation.responses["default"] = _PROBLEM
+                    operation.responses["default"] = _REFUSAL
+        if item.patch is not None:
+            item.patch.parameters = [*(item.patch.parameters or []), _IF_MATCH]
     schema.paths.update(RAW_ROUTES)
 
 
@@ -94,26 +126,31 @@ def _json(
     )
 
 
-_PROBLEM: Final = _json(
-    "A refusal, as problem details (RFC 9457).",
-    _object(
-        {
-            "type": _STRING,
-            "title": _STRING,
-            "status": Schema(type=OpenAPIType.INTEGER),
-            "detail": _STRING,
-            "request_id": _STRING,
-            "error": _STRING,
-            "errors": Schema(
-                type=OpenAPIType.ARRAY,
-                items=_object(
-                    {"pointer": _STRING, "parameter": _STRING, "detail": _STRING}, ["detail"]
-                ),
+_PROBLEM: Final = _object(
+    {
+        "type": _STRING,
+        "title": _STRING,
+        "status": Schema(type=OpenAPIType.INTEGER),
+        "detail": _STRING,
+        "request_id": _STRING,
+        "error": Schema(type=OpenAPIType.STRING, description="A code of RFC 6749 §5.2."),
+        "errors": Schema(
+            type=OpenAPIType.ARRAY,
+            description="Where it is wrong: a JSON pointer into the body, or a parameter.",
+            items=_object(
+                {"pointer": _STRING, "parameter": _STRING, "detail": _STRING}, ["detail"]
             ),
-        },
-        ["type", "title", "status", "detail", "request_id"],
-    ),
-    "application/problem+json",
+        ),
+    },
+    ["type", "title", "status", "detail", "request_id"],
+)
+_REFUSAL: Final = OpenAPIResponse(
+    description="A refusal, as problem details (RFC 9457).",
+    content={
+        "application/problem+json": OpenAPIMediaType(
+            schema=Reference(ref="#/components/schemas/Problem")
+        )
+    },
 )
 
 
@@ -156,12 +193,12 @@ _TOKEN: Final = PathItem(
                             "client_id": Schema(
                                 type=OpenAPIType.STRING,
                                 description="The id of the service user, unless in HTTP Basic.",
-                                pattern="^su_[a-z2-7]{24}$",
+                                pattern="^(su_[a-z2-7]{24})?$",
                             ),
                             "client_secret": Schema(
                                 type=OpenAPIType.STRING,
                                 description="A secret of its own, unless in HTTP Basic.",
-                                pattern="^pvs_[0-9A-Za-z]{49}$",
+                                pattern="^(pvs_[0-9A-Za-z]{49})?$",
                             ),
                             "scope": Schema(
                                 type=OpenAPIType.STRING,

@@ -14,6 +14,7 @@ import structlog
 from keys.secret import Secret
 from service import metrics
 from service.authority.audit import (
+    APPEND_DEADLINE,
     AuditRecord,
     RecordFilter,
     RecordsRejected,
@@ -22,7 +23,7 @@ from service.authority.audit import (
 from service.authority.clock import DatabaseClock
 from service.authority.errors import StoreUnavailable
 from service.authority.operators import Issuance
-from service.store.database import Database, connect, loss_as_unavailable, sqlstate
+from service.store.database import Database, Deadlines, connect, loss_as_unavailable, sqlstate
 from service.store.service_users import SELECT_SUBJECT, as_json, subject
 
 COMMIT_RECORDS = "SELECT recorded, extract(epoch FROM at)::float8 FROM commit_records_1($1, $2)"
@@ -46,10 +47,8 @@ SELECT r.id, r.commit_order, r.recorded_at, r.action, r.outcome, r.reason, r.ser
 
 # Field of RecordFilter -> its condition; `{}` is the parameter.
 _CONDITIONS: Final = {
-    # An id first: a service user may be named like the id of another, and must hide nothing.
     "service_user": "r.service_user_id = "
-    "coalesce((SELECT su.id FROM service_users su WHERE su.id = {0}),"
-    " (SELECT su.id FROM service_users su WHERE su.name = {0}), {0})",
+    "coalesce((SELECT su.id FROM service_users su WHERE su.name = {0}), {0})",
     "source_system": "r.source_system = {0}",
     "credential_id": "r.credential_id = {0}",
     "actor": "(r.actor_id = {0} OR r.actor = {0})",
@@ -65,6 +64,9 @@ _CONDITIONS: Final = {
 }
 _TYPES: Final = {"jti": "uuid", "since": "timestamptz", "until": "timestamptz"}
 
+
+# Below the deadline of who waits for the record: what comes too late shall not be written.
+WRITING = Deadlines(lock=1.5, statement=1.5 + 0.25, command=APPEND_DEADLINE)
 
 log = structlog.stdlib.get_logger()
 
@@ -86,7 +88,9 @@ class PostgresRecordWriter:
 
     async def open(self, on_lost: Callable[[], None]) -> None:
         """Connect, and learn what time it is there; raise StoreUnavailable."""
-        connection = await connect(self._dsn, application_name="privyseal audit writer")
+        connection = await connect(
+            self._dsn, application_name="privyseal audit writer", deadlines=WRITING
+        )
         connection.add_termination_listener(lambda _: on_lost())
         connection.add_log_listener(self._on_notice)
         sent = self._clock.wall()

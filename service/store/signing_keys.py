@@ -28,7 +28,7 @@ SELECT kid, state, signer, public_der, sealed_private, published_at, activated_a
 """
 
 PREPARE = "SELECT prepare_key_1($1, $2, $3)"
-ACTIVATE = "SELECT activate_key_1($1, $2, $3, $4, $5, $6)"
+ACTIVATE = "SELECT activate_key_1($1, $2, $3, $4, $5, $6, $7)"
 RETIRE = "SELECT retire_key_1($1, $2, $3)"
 
 
@@ -67,6 +67,7 @@ class SigningKeys:
                 ACTIVATE,
                 kid,
                 active_kid,
+                timedelta(seconds=policy.publish_lead),
                 policy.lifetime_cap,
                 timedelta(seconds=policy.rotation_period),
                 as_json(record),

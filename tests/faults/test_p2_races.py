@@ -250,7 +250,7 @@ async def _rotate(authority: LiveAuthority, *, times: int) -> None:
     """Let pending keys sign long before their time, as an emergency would."""
     keks = KeyEncryptionKeys.parse((authority.data_dir / "kek").read_text("utf-8"))
     policy = RotationPolicy(
-        publish_lead=86_400, rotation_period=30 * 86_400, lifetime_cap=3600, clock_skew=60
+        publish_lead=0, rotation_period=30 * 86_400, lifetime_cap=3600, clock_skew=60
     )
     async with Database(authority.service_dsn, application_name="tests rotation") as database:
         store = SigningKeys(database, clock_skew=60)

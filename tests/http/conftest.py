@@ -4,20 +4,24 @@ Checks nothing itself: it only hands out clients, credentials, and ways to look 
 """
 
 import asyncio
+import socket
+import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import AsyncExitStack
 from typing import Any, TypeAlias
 
 import asyncpg
 import httpx
 import pytest
+import uvicorn
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
 )
+from litestar.types import ASGIApp
 
 from keys.envelope import KeyEncryptionKeys, new_kek_line
 from keys.signer import LOCAL, NewKey
@@ -57,19 +61,7 @@ async def operator_credential(
     database: Running, settings: Settings, keks: KeyEncryptionKeys, rsa_keys: list[RSAPrivateKey]
 ) -> Credential:
     """The first operator, in a database that has an active and a pending key already."""
-    async with Database(database.service_dsn, application_name="test set-up") as store:
-        signing_keys = SigningKeys(store, clock_skew=settings.clock_skew)
-        active, pending = rsa_keys[:2]
-        assert await signing_keys.prepare(_sealed(active, keks), _set_up_record())
-        kid, policy = thumbprint(active.public_key()), rotation_policy(settings)
-        assert await signing_keys.activate(kid, None, policy, _set_up_record())
-        assert await signing_keys.prepare(_sealed(pending, keks), _set_up_record())
-        user, credential, secret, records = first_operator(
-            "operator", settings.api_audience, time.time(), "tests"
-        )
-        users = ServiceUsers(store, clock_skew=settings.clock_skew)
-        assert await users.bootstrap(user, credential, records, force=False)
-    return user.id, secret.reveal()
+    return await _set_up(database, settings, keks, rsa_keys)
 
 
 @pytest.fixture
@@ -194,6 +186,30 @@ def records(operator: httpx.AsyncClient) -> Callable[..., Awaitable[Records]]:
 
 
 @pytest.fixture
+def live_server(
+    database: Running, keks: KeyEncryptionKeys, rsa_keys: list[RSAPrivateKey]
+) -> Generator[tuple[str, Credential], None, None]:
+    """An authority behind uvicorn, on a loopback port and in a thread; its URL and operator."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        settings = Settings(issuer=url)
+        operator = asyncio.run(_set_up(database, settings, keks, rsa_keys))
+
+        def create_app() -> ASGIApp:
+            return Authority(settings, dsn=database.service_dsn, keks=keks).asgi
+
+        server = uvicorn.Server(
+            uvicorn.Config(create_app, factory=True, log_config=None, access_log=False)
+        )
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        yield url, operator
+        server.should_exit = True
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
 def sql(database: Running) -> Callable[..., Awaitable[list[asyncpg.Record]]]:
     """Run SQL as superuser: as a thief, or to bring about what takes days otherwise."""
 
@@ -205,6 +221,24 @@ def sql(database: Running) -> Callable[..., Awaitable[list[asyncpg.Record]]]:
             await connection.close(timeout=5)
 
     return run
+
+
+async def _set_up(
+    database: Running, settings: Settings, keks: KeyEncryptionKeys, rsa_keys: list[RSAPrivateKey]
+) -> Credential:
+    async with Database(database.service_dsn, application_name="test set-up") as store:
+        signing_keys = SigningKeys(store, clock_skew=settings.clock_skew)
+        active, pending = rsa_keys[:2]
+        assert await signing_keys.prepare(_sealed(active, keks), _set_up_record())
+        kid, policy = thumbprint(active.public_key()), rotation_policy(settings)
+        assert await signing_keys.activate(kid, None, policy, _set_up_record())
+        assert await signing_keys.prepare(_sealed(pending, keks), _set_up_record())
+        user, credential, secret, records = first_operator(
+            "operator", settings.api_audience, time.time(), "tests"
+        )
+        users = ServiceUsers(store, clock_skew=settings.clock_skew)
+        assert await users.bootstrap(user, credential, records, force=False)
+    return user.id, secret.reveal()
 
 
 def _sealed(key: RSAPrivateKey, keks: KeyEncryptionKeys) -> NewKey:

@@ -132,6 +132,7 @@ INVALID_USERS: dict[str, dict[str, object]] = {
     "lifetime of 59": {"token_lifetime": 59},
     "lifetime of 3601": {"token_lifetime": 3601},
     "negative lifetime": {"token_lifetime": -900},
+    "end of a list": {"scopes": ["a", "B"]},
     "lifetime as text": {"token_lifetime": "900"},
     "lifetime as a fraction": {"token_lifetime": 900.5},
     "lifetime as a bool": {"token_lifetime": True},
@@ -554,12 +555,12 @@ async def test_a_mint_beyond_the_grant_or_for_the_disabled_is_refused(
     url = f"{USERS}/{vkyc[0]}/tokens"
     for body, error in (
         ({"scope": "admin"}, "invalid_scope"),
-        ({"scope": "ingest:write  search:read"}, "invalid_scope"),
         ({"resource": "https://other.example"}, "invalid_target"),
     ):
         answer = await operator.post(url, json=body)
         assert (answer.status_code, problem(answer)["error"]) == (422, error), body
-    for body in ({"scope": ""}, {"scope": 7}, {"resource": "x"}, {"resource": "a#b"}):
+    malformed = [{"scope": "a  b"}, {"scope": ""}, {"scope": 7}, {"resource": "x"}]
+    for body in malformed:
         answer = await operator.post(url, json=body)
         assert answer.status_code == 422, body
     await operator.post(f"{USERS}/{vkyc[0]}/disable")
@@ -633,7 +634,9 @@ BAD_QUERIES: dict[str, int] = {
     f"{LOG}?order=newest": 422,
     f"{LOG}?cursor=x": 422,
     f"{LOG}?cursor=1.00000000-0000-0000-0000-00000000000": 422,
-    f"{LOG}?cursor=1.------------------------------------": 400,
+    f"{LOG}?cursor=1.------------------------------------": 422,
+    f"{LOG}?since=1800000000": 400,
+    f"{LOG}?until=0.5": 400,
 }
 
 

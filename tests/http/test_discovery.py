@@ -24,6 +24,15 @@ JWKS = "/.well-known/jwks.json"
 METADATA = ("/.well-known/oauth-authorization-server", "/.well-known/openid-configuration")
 ISSUER = "http://127.0.0.1:8080"
 
+CUT_OFF = """
+DO $$ BEGIN
+    UPDATE pg_database SET datallowconn = false WHERE datname = current_database();
+    COMMIT;
+    PERFORM pg_terminate_backend(pid) FROM pg_stat_activity
+      WHERE datname = current_database() AND pid <> pg_backend_pid();
+END $$
+"""
+
 
 async def test_metadata_is_that_of_rfc_8414_under_both_names(client: httpx.AsyncClient) -> None:
     for path in METADATA:
@@ -156,12 +165,7 @@ async def test_p6_keys_and_metadata_outlive_postgres_and_an_exchange_fails_quick
     grant = {"grant_type": "client_credentials"}
     before = await client.post("/oauth/token", auth=operator_credential, data=grant)
     assert before.status_code == 200
-    (database,) = await sql("SELECT current_database() AS name")
-    await sql("UPDATE pg_database SET datallowconn = false WHERE datname = current_database()")
-    try:
-        await sql_elsewhere(sql, database["name"])
-    except asyncpg.PostgresError:
-        pass
+    await sql(CUT_OFF)
     loop = asyncio.get_running_loop()
     started = loop.time()
     answer = await client.post("/oauth/token", auth=operator_credential, data=grant)

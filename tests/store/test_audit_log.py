@@ -33,7 +33,7 @@ from service.authority.audit import (
 from service.authority.clock import DatabaseClock
 from service.authority.errors import AuditUnavailable
 from service.authority.issuer import TokenIssuer
-from service.authority.model import ServiceUser, Subject, TokenRequest
+from service.authority.model import Subject, TokenRequest
 from service.store.audit_log import AuditRecords, PostgresRecordWriter, parse_cursor
 from service.store.database import Database
 from service.store.embedded import EmbeddedPostgres, Running
@@ -171,13 +171,14 @@ async def test_cursors_lead_through_the_log_in_both_directions(
     assert list(await read(audit_records, newest_first=True)) == forwards[::-1]
     for newest_first, expected in ((False, forwards), (True, forwards[::-1])):
         walked: list[StoredRecord] = []
-        while page := await read(
-            audit_records,
-            cursor=walked[-1].cursor if walked else None,
-            newest_first=newest_first,
-            limit=3,
-        ):
-            assert len(page) <= 3
+        for size in (3, 3, 3, 1, 0):
+            page = await read(
+                audit_records,
+                cursor=walked[-1].cursor if walked else None,
+                newest_first=newest_first,
+                limit=3,
+            )
+            assert len(page) == size
             walked.extend(page)
         assert walked == expected
 
@@ -280,23 +281,6 @@ async def test_an_sql_corpus_in_every_filter_finds_nothing_and_breaks_nothing(
     assert found.id == record.id
 
 
-async def test_whoever_is_named_like_the_id_of_another_hides_none_of_its_records(
-    log: AuditLog,
-    audit_records: AuditRecords,
-    issuance: Issuance,
-    holder: Subject,
-    put: Callable[..., Awaitable[Subject]],
-    new_user: Callable[..., ServiceUser],
-) -> None:
-    assert holder.service_user is not None
-    record = issuance()
-    assert await log.append(record)
-    await put(new_user(holder.service_user.id))
-    await read_until(
-        audit_records, [record], RecordFilter(service_user=record.service_user_id, jti=record.id)
-    )
-
-
 async def test_erasing_what_is_personal_leaves_the_record_readable(
     log: AuditLog, audit_records: AuditRecords, act: MakeAct, superuser: Connection
 ) -> None:
@@ -363,15 +347,7 @@ async def append_to(running: Running, record: AuditRecord) -> None:
     await writer.close()
 
 
-@pytest.mark.parametrize(
-    "era_is_open",
-    [
-        True,
-        # Whoever commits before a server has started there, such as `privyseal bootstrap
-        # --recover`, still writes into the old era, behind every reader's cursor.
-        pytest.param(False, marks=pytest.mark.xfail(strict=True, reason="the era opens too late")),
-    ],
-)
+@pytest.mark.parametrize("era_is_open", [True, False])
 async def test_a_log_that_was_restored_into_a_younger_cluster_hides_nothing_and_goes_on(
     era_is_open: bool,
     database: Running,

@@ -184,7 +184,9 @@ async def test_a_key_that_does_not_sign_yet_or_any_more_issues_nothing(
     assert await writer.commit([pending, active]) == [False, True]
 
     record = act(Action.SIGNING_KEY_ACTIVATE, kid=new.kid)
-    assert await signing_keys.activate(new.kid, old.kid, policy, record)
+    assert await signing_keys.activate(
+        new.kid, old.kid, msgspec.structs.replace(policy, publish_lead=0), record
+    )
     retiring, promoted = issuance(kid=old.kid), issuance(kid=new.kid)
     assert await writer.commit([retiring, promoted]) == [False, True]
     assert await on_record(superuser) == {active.id, promoted.id}
@@ -414,7 +416,7 @@ def acts(
         ("SELECT bootstrap_1($1, $2, $3, true, 60)", (su, cr, f"[{record}]")),
         ("SELECT prepare_key_1($1, $2, 60)", (as_json({"kid": kid}), record)),
         (
-            "SELECT activate_key_1($1, NULL, 3600, interval '1 day', $2, 60)",
+            "SELECT activate_key_1($1, NULL, interval '0', 3600, interval '1 day', $2, 60)",
             (kid, record),
         ),
         ("SELECT retire_key_1($1, $2, 60)", (kid, record)),

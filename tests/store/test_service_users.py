@@ -125,7 +125,7 @@ async def test_the_tables_refuse_what_no_code_should_ever_write(
         {"owner": "x" * 201},
         {"scopes": ("UPPER",)},
         {"audiences": ()},
-        {"audiences": ("with space",)},
+        {"audiences": ("https://ü.example",)},
         {"token_lifetime": 3601},
         {"token_lifetime": 59},
         {"status": "asleep"},

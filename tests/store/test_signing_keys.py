@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import asyncpg
+import msgspec
 import pytest
 import structlog.testing
 
@@ -75,7 +76,9 @@ async def test_a_key_is_published_then_signs_then_is_published_still_and_then_is
     assert abs(pending.published_at - before) < 5
 
     record = act(Action.SIGNING_KEY_ACTIVATE, kid=new.kid)
-    assert await signing_keys.activate(new.kid, old.kid, policy, record)
+    assert not await signing_keys.activate(new.kid, old.kid, policy, record), "it is not ripe"
+    at_once = msgspec.structs.replace(policy, publish_lead=0)
+    assert await signing_keys.activate(new.kid, old.kid, at_once, record)
     ring = KeyRing([each.key for each in await signing_keys.published_keys()])
     assert ring.active is not None
     assert (ring.active.kid, ring.active.lifetime_cap) == (new.kid, policy.lifetime_cap)
@@ -110,8 +113,9 @@ async def test_a_private_half_is_destroyed_as_soon_as_its_key_signs_no_more(
 ) -> None:
     new = new_keys[1]
     assert await signing_keys.prepare(new, act(Action.SIGNING_KEY_PREPARE, kid=new.kid))
+    at_once = msgspec.structs.replace(policy, publish_lead=0)
     assert await signing_keys.activate(
-        new.kid, active_kid, policy, act(Action.SIGNING_KEY_ACTIVATE, kid=new.kid)
+        new.kid, active_kid, at_once, act(Action.SIGNING_KEY_ACTIVATE, kid=new.kid)
     )
     sealed = {each.key.kid: each.sealed_private for each in await signing_keys.published_keys()}
     assert sealed == {active_kid: None, new.kid: new.sealed_private}
@@ -143,7 +147,10 @@ async def test_a_step_that_was_decided_on_another_state_is_not_taken(
         (active_kid, active_kid),
     ):
         assert not await signing_keys.activate(
-            kid, active, policy, act(Action.SIGNING_KEY_ACTIVATE)
+            kid,
+            active,
+            msgspec.structs.replace(policy, publish_lead=0),
+            act(Action.SIGNING_KEY_ACTIVATE),
         )
     for kid in (new.kid, active_kid, another.kid):
         assert not await signing_keys.retire(kid, act(Action.SIGNING_KEY_RETIRE))

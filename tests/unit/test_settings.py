@@ -9,7 +9,10 @@ from service.settings import Settings, SettingsError, warnings
 
 CANARY = "canary-9d1b"
 REMOTE = f"postgresql://privyseal_service:{CANARY}@db.example:5432/privyseal"
-HTTPS = {"PRIVYSEAL_ISSUER": "https://tokens.example"}
+HTTPS = {
+    "PRIVYSEAL_ISSUER": "https://tokens.example",
+    "PRIVYSEAL_AUDIENCE": "https://ingest.example",
+}
 
 
 def problems_of(**settings: str) -> list[str]:

@@ -10,15 +10,15 @@
 
 CREATE TABLE service_users (
     id             text        PRIMARY KEY CHECK (id ~ '^su_[a-z2-7]{24}$'),
-    name           text        NOT NULL UNIQUE CHECK (name ~ '^[a-z0-9][a-z0-9._-]{0,62}$'),
+    name           text        NOT NULL UNIQUE CHECK (name ~ '^[a-z0-9][a-z0-9.-]{0,62}$'),
     source_system  text        NOT NULL CHECK (source_system ~ '^[a-z][a-z0-9_]{0,62}$'),
     owner          text        NOT NULL CHECK (length(owner) <= 200),
     contact        text        NOT NULL CHECK (length(contact) <= 200),
     description    text        NOT NULL CHECK (length(description) <= 1000),
     scopes         text[]      NOT NULL CHECK (cardinality(scopes) <= 32
-                                AND array_to_string(scopes, ' ', '?') ~ '^([a-z][a-z0-9:._-]{0,63}( |$))*$'),
+                                AND array_to_string(scopes, E'\n', '?') ~ '^([a-z][a-z0-9:._-]{0,63}(\n|$))*$'),
     audiences      text[]      NOT NULL CHECK (cardinality(audiences) BETWEEN 1 AND 8
-                                AND array_to_string(audiences, ' ', '?') ~ '^[!-~]+( [!-~]+)*$'),
+                                AND array_to_string(audiences, E'\n', '?') ~ '^[!-~]+(\n[!-~]+)*$'),
     token_lifetime integer     NOT NULL CHECK (token_lifetime BETWEEN 60 AND 3600),
     status         text        NOT NULL CHECK (status IN ('active', 'disabled')),
     version        bigint      NOT NULL CHECK (version >= 1),
@@ -185,6 +185,11 @@ DECLARE
     verdict boolean[];
     now_s   double precision := extract(epoch FROM clock_timestamp());
 BEGIN
+    -- A log that was restored must not go on in the era of the cluster that it came from.
+    IF (SELECT system_identifier FROM audit_eras ORDER BY era DESC LIMIT 1)
+       IS DISTINCT FROM (SELECT system_identifier FROM pg_control_system()) THEN
+        PERFORM open_audit_era_1();
+    END IF;
     WITH offered AS MATERIALIZED (
         SELECT * FROM ROWS FROM (jsonb_to_recordset(records) AS (
             id uuid, action text, outcome text, reason text,
@@ -376,14 +381,18 @@ BEGIN
 END $$;
 
 -- The pending key signs from now on; the one that did is published until its last token ended.
-CREATE FUNCTION activate_key_1(pending_kid text, active_kid text, lifetime integer,
-                               rotation interval, record jsonb, clock_skew integer)
+-- This clock decides whether it was published for long enough, whatever the caller's says; only
+-- where nothing signs may it be early.
+CREATE FUNCTION activate_key_1(pending_kid text, active_kid text, publish_lead interval,
+                               lifetime integer, rotation interval, record jsonb,
+                               clock_skew integer)
 RETURNS boolean
 LANGUAGE plpgsql VOLATILE AS $$
 BEGIN
     PERFORM require_durable_commit_1();
     PERFORM pg_advisory_xact_lock(7709, 0);
-    IF NOT EXISTS (SELECT FROM signing_keys WHERE kid = pending_kid AND state = 'pending')
+    IF NOT EXISTS (SELECT FROM signing_keys WHERE kid = pending_kid AND state = 'pending'
+                      AND (active_kid IS NULL OR published_at + publish_lead <= clock_timestamp()))
        OR (SELECT kid FROM signing_keys WHERE state = 'active') IS DISTINCT FROM active_kid THEN
         RETURN false;
     END IF;
