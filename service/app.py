@@ -23,19 +23,20 @@ from litestar.types import ASGIApp, Scope
 from keys.envelope import KeyEncryptionKeys
 from keys.keyring import RotationPolicy
 from keys.secret import Secret
+from keys.verifier.jwks_client import MAX_STALE
 from service import metrics
 from service.authority.administration import Administration
 from service.authority.audit import AuditLog
 from service.authority.clock import DatabaseClock
 from service.authority.errors import StartRefused, StoreUnavailable
 from service.authority.issuer import TokenIssuer
+from service.authority.key_administration import KeyAdministration
 from service.authority.key_rotation import KeyRotator, LiveKeyRing
 from service.authority.operators import Operators
 from service.http import openapi
 from service.http.admin import (
     MAX_BODY,
     ServiceUserController,
-    SigningKeyController,
     gatekeeper,
     operator_of,
     refusal_record,
@@ -43,6 +44,7 @@ from service.http.admin import (
 from service.http.audit import AuditRecordController
 from service.http.context import RequestContext
 from service.http.errors import EXCEPTION_HANDLERS
+from service.http.signing_keys import SigningKeyController
 from service.http.token import token_endpoint
 from service.http.well_known import (
     Health,
@@ -170,6 +172,18 @@ class Authority:
             audience=settings.audience,
             token_lifetime=settings.token_lifetime,
         )
+        key_administration = KeyAdministration(
+            keys=self.keys,
+            rotator=self.rotator,
+            store=signing_keys,
+            keks=keks,
+            operators=operators,
+            policy=rotation_policy(settings),
+            key_bits=settings.key_bits,
+            jwks_max_age=settings.jwks_max_age,
+            max_stale=MAX_STALE,
+            clock=self.clock,
+        )
         self._schema_ready = asyncio.Event()
         self._draining = False
         self._drain_seconds = settings.drain_seconds
@@ -185,7 +199,7 @@ class Authority:
                 "issuer": _provide(issuer),
                 "records": _provide(records),
                 "clock": _provide(self.clock),
-                "ring": _provide_by(self.keys.cached),
+                "key_administration": _provide(key_administration),
             },
             security=[{"bearer": []}],
         )
@@ -279,7 +293,8 @@ class Authority:
             await self.keys.fresh()
 
     async def _on_signing_keys(self) -> None:
-        await self.keys.fresh()
+        # A step may have become due: an operator hastened a rotation, or took the next key away.
+        await self.rotator.tick()
 
     async def _record_refusal(self, scope: Scope) -> None:
         if "action" in scope["route_handler"].opt:
@@ -322,14 +337,6 @@ def _provide(part: object) -> Provide:
         return part
 
     return Provide(built)
-
-
-def _provide_by(read: Callable[[], Awaitable[object]]) -> Provide:
-    # A function and no bound method: Litestar copies what it is given, and a method's object too.
-    async def current() -> object:
-        return await read()
-
-    return Provide(current)
 
 
 def _end_with_parent() -> None:

@@ -7,6 +7,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from datetime import datetime
 from typing import Final, Protocol
 
 import msgspec
@@ -45,6 +46,15 @@ class StoredKey(Struct, frozen=True, kw_only=True):
     sealed_private: bytes | None
 
 
+class TokenHolder(Struct, frozen=True, kw_only=True):
+    """A service user that holds live tokens of a key, and when the last of them ends."""
+
+    service_user_id: str
+    service_user: str
+    count: int
+    last_ends_at: datetime
+
+
 class SigningKeyStore(Protocol):
     """Signing keys in Postgres. A step is guarded by the state that it was decided on, and
     returns whether this call took it."""
@@ -60,6 +70,18 @@ class SigningKeyStore(Protocol):
     ) -> bool: ...
 
     async def retire(self, kid: str, record: AuditRecord) -> bool: ...
+
+    async def hasten_rotation(self, active_kid: str, record: AuditRecord) -> bool: ...
+
+    async def revoke(
+        self, key: SigningKey, policy: RotationPolicy, record: AuditRecord
+    ) -> bool: ...
+
+    async def revoke_all(
+        self, signing: NewKey, following: NewKey, policy: RotationPolicy, record: AuditRecord
+    ) -> bool: ...
+
+    async def holders(self, kids: Sequence[str]) -> Sequence[TokenHolder]: ...
 
 
 class LiveKeyRing:

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final, NoReturn, TypeVar
 
 import asyncpg
@@ -69,7 +70,7 @@ def serve(host: str, port: int, workers: int) -> None:
         _run(_migrated(running.owner_dsn))
     _run(_preflight(settings))
     # uvicorn raises the signal that stopped it once more: it must end this command, not kill it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, _end)
     log.info("serving", url=f"http://{host}:{port}", issuer=settings.issuer, workers=workers)
     try:
         _serve(host, port, workers)
@@ -77,6 +78,10 @@ def serve(host: str, port: int, workers: int) -> None:
         # A courtesy: the embedded server ends by itself, less gently, when this process is gone.
         if embedded is not None:
             embedded.stop()
+
+
+def _end(_: int, __: FrameType | None) -> NoReturn:
+    sys.exit(0)
 
 
 def _serve(host: str, port: int, workers: int) -> None:

@@ -376,14 +376,18 @@ BEGIN
 END $$;
 
 -- The pending key signs from now on; the one that did is published until its last token ended.
-CREATE FUNCTION activate_key_1(pending_kid text, active_kid text, lifetime integer,
-                               rotation interval, record jsonb, clock_skew integer)
+-- This clock decides whether it was published for long enough, whatever the caller's says; only
+-- where nothing signs may it be early.
+CREATE FUNCTION activate_key_1(pending_kid text, active_kid text, publish_lead interval,
+                               lifetime integer, rotation interval, record jsonb,
+                               clock_skew integer)
 RETURNS boolean
 LANGUAGE plpgsql VOLATILE AS $$
 BEGIN
     PERFORM require_durable_commit_1();
     PERFORM pg_advisory_xact_lock(7709, 0);
-    IF NOT EXISTS (SELECT FROM signing_keys WHERE kid = pending_kid AND state = 'pending')
+    IF NOT EXISTS (SELECT FROM signing_keys WHERE kid = pending_kid AND state = 'pending'
+                      AND (active_kid IS NULL OR published_at + publish_lead <= clock_timestamp()))
        OR (SELECT kid FROM signing_keys WHERE state = 'active') IS DISTINCT FROM active_kid THEN
         RETURN false;
     END IF;
