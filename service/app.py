@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Final, cast
 
@@ -20,7 +21,7 @@ from litestar import Litestar, Router
 from litestar.di import Provide
 from litestar.types import ASGIApp, Scope
 
-from keys.envelope import KeyEncryptionKeys
+from keys.envelope import EnvelopeError, KekReader, KeyEncryptionKeys
 from keys.keyring import RotationPolicy
 from keys.secret import Secret
 from keys.verifier.jwks_client import MAX_STALE
@@ -78,8 +79,8 @@ def create_app() -> ASGIApp:
     _end_with_parent()
     settings = Settings.from_environ(os.environ)
     configure_logging(settings.log_level)
-    keks = KeyEncryptionKeys.parse(settings.kek_path.read_text("utf-8"))
-    return Authority(settings, dsn=service_dsn(settings), keks=keks).asgi
+    read_keks = kek_reader(settings.kek_path)
+    return Authority(settings, dsn=service_dsn(settings), read_keks=read_keks).asgi
 
 
 def service_dsn(settings: Settings) -> Secret:
@@ -92,6 +93,24 @@ def service_dsn(settings: Settings) -> Secret:
             "set PRIVYSEAL_DATABASE_URL."
         )
     return Secret(running.service_dsn)
+
+
+def kek_reader(path: Path) -> KekReader:
+    """Return what reads the key-encryption keys at `path`; it raises EnvelopeError in words."""
+
+    def read() -> KeyEncryptionKeys:
+        try:
+            return KeyEncryptionKeys.parse(path.read_text("utf-8"))
+        except OSError as error:
+            raise EnvelopeError(
+                f"The key-encryption keys at {path} cannot be read ({error.strerror}). Set "
+                "PRIVYSEAL_KEK_FILE to the file that this database was made with; a fresh one "
+                "holds one line of: openssl rand -base64 32 | tr '+/' '-_' | tr -d ="
+            ) from None
+        except UnicodeDecodeError:
+            raise EnvelopeError(f"{path} is no text file of base64url lines.") from None
+
+    return read
 
 
 def rotation_policy(settings: Settings) -> RotationPolicy:
@@ -112,7 +131,7 @@ class Authority:
         settings: Settings,
         *,
         dsn: Secret,
-        keks: KeyEncryptionKeys,
+        read_keks: KekReader,
         wall: Callable[[], float] = time.time,
     ) -> None:
         skew = settings.clock_skew
@@ -125,12 +144,12 @@ class Authority:
         records = AuditRecords(self.database)
         self.directory = CachedDirectory(users)
         self.keys = LiveKeyRing(
-            store=signing_keys, keks=keks, executor=self._signing, clock=self.clock
+            store=signing_keys, read_keks=read_keks, executor=self._signing, clock=self.clock
         )
         self.rotator = KeyRotator(
             keys=self.keys,
             store=signing_keys,
-            keks=keks,
+            read_keks=read_keks,
             policy=rotation_policy(settings),
             key_bits=settings.key_bits,
             clock=self.clock,
@@ -176,7 +195,7 @@ class Authority:
             keys=self.keys,
             rotator=self.rotator,
             store=signing_keys,
-            keks=keks,
+            read_keks=read_keks,
             operators=operators,
             policy=rotation_policy(settings),
             key_bits=settings.key_bits,

@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from keys.envelope import KeyEncryptionKeys
+from keys.envelope import KekReader
 from keys.keyring import KeyState, RotationPolicy, SigningKey
 from keys.signer import generate
 from service.authority.audit import Action, AuditRecord, Outcome, new_record_id, personal
@@ -53,7 +53,7 @@ class KeyAdministration:
         keys: LiveKeyRing,
         rotator: KeyRotator,
         store: SigningKeyStore,
-        keks: KeyEncryptionKeys,
+        read_keks: KekReader,
         operators: Operators,
         policy: RotationPolicy,
         key_bits: int,
@@ -64,7 +64,7 @@ class KeyAdministration:
         self._keys = keys
         self._rotator = rotator
         self._store = store
-        self._keks = keks
+        self._read_keks = read_keks
         self._operators = operators
         self._policy = policy
         self._key_bits = key_bits
@@ -136,7 +136,7 @@ class KeyAdministration:
         database or host. The new ones are sealed under the first key of KEK_FILE."""
         operator.require(AdminScope.SIGNING_KEYS_REVOKE)
         signing, following = [
-            await asyncio.to_thread(generate, self._key_bits, self._keks) for _ in range(2)
+            await asyncio.to_thread(generate, self._key_bits, self._read_keks()) for _ in range(2)
         ]
 
         async def act(operator: Operator) -> list[str] | None:

@@ -14,7 +14,7 @@ import msgspec
 import structlog
 from msgspec import Struct
 
-from keys.envelope import EnvelopeError, KeyEncryptionKeys
+from keys.envelope import EnvelopeError, KekReader
 from keys.keyring import (
     Activate,
     KeyRing,
@@ -91,12 +91,12 @@ class LiveKeyRing:
         self,
         *,
         store: SigningKeyStore,
-        keks: KeyEncryptionKeys,
+        read_keks: KekReader,
         executor: Executor,
         clock: Clock,
     ) -> None:
         self._store = store
-        self._keks = keks
+        self._read_keks = read_keks
         self._executor = executor
         self._clock = clock
         self._signers: dict[str, Signer] = {}
@@ -150,7 +150,7 @@ class LiveKeyRing:
                     kid=key.kid,
                     sealed_private=stored.sealed_private,
                     public_key=key.public_key,
-                    keks=self._keks,
+                    keks=self._read_keks(),
                     executor=self._executor,
                 )
             except EnvelopeError as error:
@@ -168,14 +168,14 @@ class KeyRotator:
         *,
         keys: LiveKeyRing,
         store: SigningKeyStore,
-        keks: KeyEncryptionKeys,
+        read_keks: KekReader,
         policy: RotationPolicy,
         key_bits: int,
         clock: Clock,
     ) -> None:
         self._keys = keys
         self._store = store
-        self._keks = keks
+        self._read_keks = read_keks
         self._policy = policy
         self._key_bits = key_bits
         self._clock = clock
@@ -206,7 +206,7 @@ class KeyRotator:
         match step:
             case Prepare():
                 # Prime numbers take up to seconds: not on the event loop.
-                key = await asyncio.to_thread(generate, self._key_bits, self._keks)
+                key = await asyncio.to_thread(generate, self._key_bits, self._read_keks())
                 kid = key.kid
                 record = self._record(Action.SIGNING_KEY_PREPARE, kid)
                 taken = await self._store.prepare(key, record)

@@ -3,6 +3,7 @@
 The private halves never leave the authority.
 """
 
+from importlib import import_module
 from urllib.parse import quote as quoted
 
 import click
@@ -117,3 +118,15 @@ def revoke(kid: str | None, every: bool, reason: str, yes: bool, as_json: bool) 
     )
     if advice:
         click.echo(f"\n{advice}", err=True)
+
+
+@keys.command()
+def rewrap() -> None:
+    """Seal every signing key under the first key of KEK_FILE. Works where the database is.
+
+    Put a new key-encryption key into the first line of KEK_FILE, run this, then take the old one
+    out. It can be stopped and run again at any point; servers go on, and read the file by
+    themselves. Backups from before still open with the old key-encryption key.
+    """
+    # By name, so that nothing of the server is imported for the other commands.
+    import_module("service.cli.server").rewrap()
