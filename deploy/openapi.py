@@ -28,7 +28,7 @@ async def _schema() -> dict[str, Any]:
     authority = Authority(
         Settings(),
         dsn=Secret("postgresql://nobody@127.0.0.1/nowhere"),
-        keks=KeyEncryptionKeys.parse(new_kek_line()),
+        read_keks=lambda: KeyEncryptionKeys.parse(new_kek_line()),
     )
     return authority.litestar.openapi_schema.to_schema()
 

@@ -7,7 +7,7 @@ import base64
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -82,6 +82,10 @@ class KeyEncryptionKeys:
         """Seal under the first KEK."""
         return self._first.seal(plaintext, purpose=purpose, kid=kid)
 
+    def seals(self, sealed: bytes) -> bool:
+        """Whether the sealed bytes are under the first KEK, the one that seals."""
+        return sealed.startswith(self._first.fingerprint)
+
     def unseal(self, sealed: bytes, *, purpose: str, kid: str) -> bytes:
         """Unseal under the KEK that the sealed bytes name; raise EnvelopeError without it."""
         fingerprint = sealed[:_FINGERPRINT_BYTES]
@@ -92,6 +96,13 @@ class KeyEncryptionKeys:
                 f"which KEK_FILE does not hold (it holds {known}); add that one to the file"
             )
         return key.unseal(sealed, purpose=purpose, kid=kid)
+
+
+KekReader = Callable[[], KeyEncryptionKeys]
+"""Reads the KEKs anew at each use, which is rare: so a changed file counts at once.
+
+Raises EnvelopeError.
+"""
 
 
 def new_kek_line() -> str:

@@ -76,6 +76,12 @@ def generate(bits: int, keks: KeyEncryptionKeys) -> NewKey:
     )
 
 
+def reseal(kid: str, sealed_private: bytes, keks: KeyEncryptionKeys) -> bytes:
+    """Return the private half sealed under the first KEK; raise EnvelopeError."""
+    der = keks.unseal(sealed_private, purpose=_PURPOSE, kid=kid)
+    return keks.seal(der, purpose=_PURPOSE, kid=kid)
+
+
 def open_private_key(
     uri: str, kid: str, sealed_private: bytes, public_key: RSAPublicKey, keks: KeyEncryptionKeys
 ) -> RSAPrivateKey:

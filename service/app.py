@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Final, cast
 
@@ -20,22 +21,23 @@ from litestar import Litestar, Router
 from litestar.di import Provide
 from litestar.types import ASGIApp, Scope
 
-from keys.envelope import KeyEncryptionKeys
+from keys.envelope import EnvelopeError, KekReader, KeyEncryptionKeys
 from keys.keyring import RotationPolicy
 from keys.secret import Secret
+from keys.verifier.jwks_client import MAX_STALE
 from service import metrics
 from service.authority.administration import Administration
 from service.authority.audit import AuditLog
 from service.authority.clock import DatabaseClock
 from service.authority.errors import StartRefused, StoreUnavailable
 from service.authority.issuer import TokenIssuer
+from service.authority.key_administration import KeyAdministration
 from service.authority.key_rotation import KeyRotator, LiveKeyRing
 from service.authority.operators import Operators
 from service.http import openapi
 from service.http.admin import (
     MAX_BODY,
     ServiceUserController,
-    SigningKeyController,
     gatekeeper,
     operator_of,
     refusal_record,
@@ -43,6 +45,7 @@ from service.http.admin import (
 from service.http.audit import AuditRecordController
 from service.http.context import RequestContext
 from service.http.errors import EXCEPTION_HANDLERS
+from service.http.signing_keys import SigningKeyController
 from service.http.token import token_endpoint
 from service.http.well_known import (
     Health,
@@ -76,8 +79,8 @@ def create_app() -> ASGIApp:
     _end_with_parent()
     settings = Settings.from_environ(os.environ)
     configure_logging(settings.log_level)
-    keks = KeyEncryptionKeys.parse(settings.kek_path.read_text("utf-8"))
-    return Authority(settings, dsn=service_dsn(settings), keks=keks).asgi
+    read_keks = kek_reader(settings.kek_path)
+    return Authority(settings, dsn=service_dsn(settings), read_keks=read_keks).asgi
 
 
 def service_dsn(settings: Settings) -> Secret:
@@ -90,6 +93,24 @@ def service_dsn(settings: Settings) -> Secret:
             "set PRIVYSEAL_DATABASE_URL."
         )
     return Secret(running.service_dsn)
+
+
+def kek_reader(path: Path) -> KekReader:
+    """Return what reads the key-encryption keys at `path`; it raises EnvelopeError in words."""
+
+    def read() -> KeyEncryptionKeys:
+        try:
+            return KeyEncryptionKeys.parse(path.read_text("utf-8"))
+        except OSError as error:
+            raise EnvelopeError(
+                f"The key-encryption keys at {path} cannot be read ({error.strerror}). Set "
+                "PRIVYSEAL_KEK_FILE to the file that this database was made with; a fresh one "
+                "holds one line of: openssl rand -base64 32 | tr '+/' '-_' | tr -d ="
+            ) from None
+        except UnicodeDecodeError:
+            raise EnvelopeError(f"{path} is no text file of base64url lines.") from None
+
+    return read
 
 
 def rotation_policy(settings: Settings) -> RotationPolicy:
@@ -110,7 +131,7 @@ class Authority:
         settings: Settings,
         *,
         dsn: Secret,
-        keks: KeyEncryptionKeys,
+        read_keks: KekReader,
         wall: Callable[[], float] = time.time,
     ) -> None:
         skew = settings.clock_skew
@@ -123,12 +144,12 @@ class Authority:
         records = AuditRecords(self.database)
         self.directory = CachedDirectory(users)
         self.keys = LiveKeyRing(
-            store=signing_keys, keks=keks, executor=self._signing, clock=self.clock
+            store=signing_keys, read_keks=read_keks, executor=self._signing, clock=self.clock
         )
         self.rotator = KeyRotator(
             keys=self.keys,
             store=signing_keys,
-            keks=keks,
+            read_keks=read_keks,
             policy=rotation_policy(settings),
             key_bits=settings.key_bits,
             clock=self.clock,
@@ -170,6 +191,18 @@ class Authority:
             audience=settings.audience,
             token_lifetime=settings.token_lifetime,
         )
+        key_administration = KeyAdministration(
+            keys=self.keys,
+            rotator=self.rotator,
+            store=signing_keys,
+            read_keks=read_keks,
+            operators=operators,
+            policy=rotation_policy(settings),
+            key_bits=settings.key_bits,
+            jwks_max_age=settings.jwks_max_age,
+            max_stale=MAX_STALE,
+            clock=self.clock,
+        )
         self._schema_ready = asyncio.Event()
         self._draining = False
         self._drain_seconds = settings.drain_seconds
@@ -185,7 +218,7 @@ class Authority:
                 "issuer": _provide(issuer),
                 "records": _provide(records),
                 "clock": _provide(self.clock),
-                "ring": _provide_by(self.keys.cached),
+                "key_administration": _provide(key_administration),
             },
             security=[{"bearer": []}],
         )
@@ -279,7 +312,8 @@ class Authority:
             await self.keys.fresh()
 
     async def _on_signing_keys(self) -> None:
-        await self.keys.fresh()
+        # A step may have become due: an operator hastened a rotation, or took the next key away.
+        await self.rotator.tick()
 
     async def _record_refusal(self, scope: Scope) -> None:
         if "action" in scope["route_handler"].opt:
@@ -322,14 +356,6 @@ def _provide(part: object) -> Provide:
         return part
 
     return Provide(built)
-
-
-def _provide_by(read: Callable[[], Awaitable[object]]) -> Provide:
-    # A function and no bound method: Litestar copies what it is given, and a method's object too.
-    async def current() -> object:
-        return await read()
-
-    return Provide(current)
 
 
 def _end_with_parent() -> None:

@@ -4,9 +4,9 @@ Every act is decided on versions and committed together with its record, under t
 returns, no process issues anything that it forbids.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -19,7 +19,6 @@ from service.authority.errors import (
     Invalid,
     NotFound,
     PreconditionFailed,
-    TemporarilyUnavailable,
 )
 from service.authority.model import (
     MAX_LIVE_CREDENTIALS,
@@ -46,9 +45,6 @@ from service.authority.operators import Operator, Operators
 
 DEFAULT_CREDENTIAL_LIFETIME: Final = timedelta(days=365)
 MAX_CREDENTIAL_LIFETIME: Final = timedelta(days=5 * 366)
-
-
-T = TypeVar("T")
 
 
 class ServiceUserStore(Protocol):
@@ -198,7 +194,7 @@ class Administration:
             )
             return created if await self._store.create(created, record) else None
 
-        return await self._decided_on_current(operator, act)
+        return await self._operators.decided_on_current(operator, act)
 
     async def change(
         self,
@@ -231,7 +227,7 @@ class Administration:
             self._require_api_audience(after)
             return await self._replace(Action.SERVICE_USER_CHANGE, operator, before, after, origin)
 
-        return await self._with_live_tokens(await self._decided_on_current(operator, act))
+        return await self._with_live_tokens(await self._operators.decided_on_current(operator, act))
 
     async def disable(
         self, operator: Operator, service_user_id: str, origin: ClientAddress
@@ -244,7 +240,7 @@ class Administration:
             after = msgspec.structs.replace(before, status=Status.DISABLED)
             return await self._replace(Action.SERVICE_USER_DISABLE, operator, before, after, origin)
 
-        return await self._with_live_tokens(await self._decided_on_current(operator, act))
+        return await self._with_live_tokens(await self._operators.decided_on_current(operator, act))
 
     async def enable(
         self, operator: Operator, service_user_id: str, origin: ClientAddress
@@ -258,7 +254,7 @@ class Administration:
             after = msgspec.structs.replace(before, status=Status.ACTIVE)
             return await self._replace(Action.SERVICE_USER_ENABLE, operator, before, after, origin)
 
-        return await self._with_live_tokens(await self._decided_on_current(operator, act))
+        return await self._with_live_tokens(await self._operators.decided_on_current(operator, act))
 
     async def create_credential(
         self,
@@ -301,7 +297,7 @@ class Administration:
             )
             return credential if await self._store.create_credential(credential, record) else None
 
-        return await self._decided_on_current(operator, act), secret
+        return await self._operators.decided_on_current(operator, act), secret
 
     async def revoke_credential(
         self,
@@ -330,7 +326,7 @@ class Administration:
             )
             return held if await self._store.revoke_credential(credential_id, record) else None
 
-        await self._decided_on_current(operator, act)
+        await self._operators.decided_on_current(operator, act)
         subject = await self._store.fresh(service_user_id)
         revoked = next(held for held in subject.credentials if held.id == credential_id)
         return revoked, await self._store.live_tokens(service_user_id, credential_id)
@@ -357,16 +353,6 @@ class Administration:
         if not await self._store.change(after, record):
             return None
         return msgspec.structs.replace(after, version=before.version + 1)
-
-    async def _decided_on_current(
-        self, operator: Operator, act: Callable[[Operator], Awaitable[T | None]]
-    ) -> T:
-        """Act, and once more if what was decided on changed meanwhile."""
-        if (done := await act(operator)) is not None:
-            return done
-        if (done := await act(await self._operators.present(operator))) is not None:
-            return done
-        raise TemporarilyUnavailable("what was decided on changed twice while it was decided")
 
     async def _with_live_tokens(self, user: ServiceUser) -> tuple[ServiceUser, LiveTokens]:
         return user, await self._store.live_tokens(user.id)

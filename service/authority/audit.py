@@ -50,6 +50,9 @@ class Action(StrEnum):
     SIGNING_KEY_PREPARE = "signing_key.prepare"
     SIGNING_KEY_ACTIVATE = "signing_key.activate"
     SIGNING_KEY_RETIRE = "signing_key.retire"
+    SIGNING_KEY_ROTATE = "signing_key.rotate"
+    SIGNING_KEY_REVOKE = "signing_key.revoke"
+    SIGNING_KEY_REVOKE_ALL = "signing_key.revoke_all"
     AUDIT_QUERY = "audit.query"
     OPERATOR_BOOTSTRAP = "operator.bootstrap"
 

@@ -7,13 +7,14 @@ import asyncio
 import random
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from datetime import datetime
 from typing import Protocol
 
 import msgspec
 import structlog
 from msgspec import Struct
 
-from keys.envelope import EnvelopeError, KeyEncryptionKeys
+from keys.envelope import EnvelopeError, KekReader
 from keys.keyring import (
     Activate,
     KeyRing,
@@ -43,6 +44,15 @@ class StoredKey(Struct, frozen=True, kw_only=True):
     sealed_private: bytes | None
 
 
+class TokenHolder(Struct, frozen=True, kw_only=True):
+    """A service user that holds live tokens of a key, and when the last of them ends."""
+
+    service_user_id: str
+    service_user: str
+    count: int
+    last_ends_at: datetime
+
+
 class SigningKeyStore(Protocol):
     """Signing keys in Postgres. A step is guarded by the state that it was decided on, and
     returns whether this call took it."""
@@ -59,6 +69,18 @@ class SigningKeyStore(Protocol):
 
     async def retire(self, kid: str, record: AuditRecord) -> bool: ...
 
+    async def hasten_rotation(self, active_kid: str, record: AuditRecord) -> bool: ...
+
+    async def revoke(
+        self, key: SigningKey, policy: RotationPolicy, record: AuditRecord
+    ) -> bool: ...
+
+    async def revoke_all(
+        self, signing: NewKey, following: NewKey, policy: RotationPolicy, record: AuditRecord
+    ) -> bool: ...
+
+    async def holders(self, kids: Sequence[str]) -> Sequence[TokenHolder]: ...
+
 
 class LiveKeyRing:
     """The ring of this process: read from the store, with the signers opened."""
@@ -67,12 +89,12 @@ class LiveKeyRing:
         self,
         *,
         store: SigningKeyStore,
-        keks: KeyEncryptionKeys,
+        read_keks: KekReader,
         executor: Executor,
         clock: Clock,
     ) -> None:
         self._store = store
-        self._keks = keks
+        self._read_keks = read_keks
         self._executor = executor
         self._clock = clock
         self._signers: dict[str, Signer] = {}
@@ -126,7 +148,7 @@ class LiveKeyRing:
                     kid=key.kid,
                     sealed_private=stored.sealed_private,
                     public_key=key.public_key,
-                    keks=self._keks,
+                    keks=self._read_keks(),
                     executor=self._executor,
                 )
             except EnvelopeError as error:
@@ -144,14 +166,14 @@ class KeyRotator:
         *,
         keys: LiveKeyRing,
         store: SigningKeyStore,
-        keks: KeyEncryptionKeys,
+        read_keks: KekReader,
         policy: RotationPolicy,
         key_bits: int,
         clock: Clock,
     ) -> None:
         self._keys = keys
         self._store = store
-        self._keks = keks
+        self._read_keks = read_keks
         self._policy = policy
         self._key_bits = key_bits
         self._clock = clock
@@ -183,7 +205,7 @@ class KeyRotator:
         match step:
             case Prepare():
                 # Prime numbers take up to seconds: not on the event loop.
-                key = await asyncio.to_thread(generate, self._key_bits, self._keks)
+                key = await asyncio.to_thread(generate, self._key_bits, self._read_keks())
                 kid = key.kid
                 record = self._record(Action.SIGNING_KEY_PREPARE, kid)
                 taken = await self._store.prepare(key, record)

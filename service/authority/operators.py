@@ -5,14 +5,15 @@ service user and the credential behind it must be live.
 """
 
 import hmac
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
 from msgspec import Struct
 
 from keys.keyring import KeyRing
 from keys.verifier import InvalidToken, decode
-from service.authority.errors import Forbidden, Unauthenticated
+from service.authority.errors import Forbidden, TemporarilyUnavailable, Unauthenticated
 from service.authority.model import (
     ADMIN_SCOPES,
     AdminScope,
@@ -21,6 +22,8 @@ from service.authority.model import (
     ServiceUser,
     Status,
 )
+
+T = TypeVar("T")
 
 
 class Issuance(Struct, frozen=True, kw_only=True):
@@ -127,6 +130,20 @@ class Operators:
         if issuance is None:
             raise Unauthenticated("This token was not issued here: no record of it exists.")
         return self._operator(operator.jti, issuance, operator.scopes)
+
+    async def decided_on_current(
+        self, operator: Operator, act: Callable[[Operator], Awaitable[T | None]]
+    ) -> T:
+        """Return what `act` did; it returns None if what it decided on changed meanwhile.
+
+        It is asked once more then, for the operator as of now. Raise TemporarilyUnavailable if
+        everything changed a second time.
+        """
+        if (done := await act(operator)) is not None:
+            return done
+        if (done := await act(await self.present(operator))) is not None:
+            return done
+        raise TemporarilyUnavailable("what was decided on changed twice while it was decided")
 
     def _operator(self, jti: UUID, issuance: Issuance, scopes: frozenset[str]) -> Operator:
         user, credential = issuance.service_user, issuance.credential

@@ -145,6 +145,12 @@ def bootstrap(name: str, as_json: bool, recover: bool, reason: str) -> None:
     click.echo("The secret is shown this once. Try: privyseal service-users list", err=True)
 
 
+def rewrap() -> None:
+    """Seal every signing key under the first key of KEK_FILE: `privyseal keys rewrap`."""
+    settings = _settings()
+    _run(_rewrapped(settings))
+
+
 @click.command()
 def doctor() -> None:
     """Check settings, database, keys and clock, and say what to change.
@@ -203,18 +209,9 @@ def _make_kek(path: Path) -> None:
 
 
 def _read_keks(settings: Settings) -> KeyEncryptionKeys:
-    try:
-        text = settings.kek_path.read_text("utf-8")
-    except OSError as error:
-        raise StartRefused(
-            f"The key-encryption keys at {settings.kek_path} cannot be read "
-            f"({error.strerror}). Set PRIVYSEAL_KEK_FILE to the file that this database was "
-            "made with; a fresh one holds one line of: "
-            "openssl rand -base64 32 | tr '+/' '-_' | tr -d ="
-        ) from None
-    except UnicodeDecodeError:
-        raise StartRefused(f"{settings.kek_path} is no text file of base64url lines.") from None
-    return KeyEncryptionKeys.parse(text)
+    from service.app import kek_reader
+
+    return kek_reader(settings.kek_path)()
 
 
 async def _preflight(settings: Settings) -> None:
@@ -329,6 +326,27 @@ async def _bootstrapped(
                 "--recover --reason if none can be found."
             )
     return user.id, secret
+
+
+async def _rewrapped(settings: Settings) -> None:
+    from keys.signer import reseal
+    from service.store.database import Database
+    from service.store.signing_keys import SigningKeys
+
+    keks = _read_keks(settings)
+    async with Database(_dsn(settings), application_name="privyseal rewrap") as database:
+        store = SigningKeys(database, clock_skew=settings.clock_skew)
+        sealed = [
+            (each.key.kid, each.sealed_private)
+            for each in await store.published_keys()
+            if each.sealed_private is not None
+        ]
+        for number, (kid, before) in enumerate(sealed, start=1):
+            state = "is under the first key already"
+            if not keks.seals(before):
+                done = await store.reseal(kid, before, reseal(kid, before, keks))
+                state = "rewrapped" if done else "changed meanwhile: run this again"
+            click.echo(f"{number} of {len(sealed)}  {kid}  {state}")
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:

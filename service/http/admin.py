@@ -5,7 +5,7 @@ Carries requests to the rules and answers back; holds no rule itself.
 
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from http import HTTPStatus
 from typing import Annotated, Any, Final
 
@@ -15,7 +15,6 @@ from litestar.di import NamedDependency
 from litestar.params import JSONBody, PathParameter, QueryParameter
 from msgspec import Meta, Struct
 
-from keys.keyring import KeyRing, KeyState
 from keys.verifier.strict import JSON, json_object
 from service.authority.administration import (
     Administration,
@@ -33,7 +32,6 @@ from service.authority.model import (
     SCOPE,
     SERVICE_USER_ID,
     SOURCE_SYSTEM,
-    AdminScope,
     Audience,
     Clock,
     Credential,
@@ -142,24 +140,6 @@ class MintedToken(Struct, frozen=True, kw_only=True):
     scope: str
     jti: str
     expires_at: int
-
-
-class SigningKeyBody(Struct, frozen=True, kw_only=True):
-    """The public side of a signing key's life."""
-
-    kid: str
-    state: KeyState
-    bits: int
-    published_at: datetime
-    activated_at: datetime | None
-    rotate_at: datetime | None
-    publish_until: datetime | None
-
-
-class SigningKeyList(Struct, frozen=True, kw_only=True):
-    """The published keys, in the order of their publication."""
-
-    signing_keys: list[SigningKeyBody]
 
 
 class ServiceUserController(Controller):
@@ -356,34 +336,6 @@ class ServiceUserController(Controller):
         return Response(body, status_code=HTTPStatus.CREATED, headers=NO_STORE)
 
 
-class SigningKeyController(Controller):
-    """Signing keys."""
-
-    path = "/signing-keys"
-    tags = ("Signing keys",)
-
-    @get("/", opt={"action": Action.SIGNING_KEY_LIST})
-    async def list(
-        self, operator: NamedDependency[Operator], ring: NamedDependency[KeyRing]
-    ) -> SigningKeyList:
-        """List the published keys: the next one, the one that signs, those that did."""
-        operator.require(AdminScope.SIGNING_KEYS_READ)
-        return SigningKeyList(
-            signing_keys=[
-                SigningKeyBody(
-                    kid=key.kid,
-                    state=key.state,
-                    bits=key.public_key.key_size,
-                    published_at=_datetime(key.published_at),
-                    activated_at=_optional_datetime(key.activated_at),
-                    rotate_at=_optional_datetime(key.rotate_at),
-                    publish_until=_optional_datetime(key.publish_until),
-                )
-                for key in ring.keys
-            ]
-        )
-
-
 def gatekeeper(
     operators: Operators,
 ) -> Callable[[AnyRequest], Awaitable[Response[None] | None]]:
@@ -512,11 +464,3 @@ def _credential(credential: Credential, kind: type[Any], now: float, **members: 
     del fields["secret_sha256"]
     state = "revoked" if credential.revoked_at else "live" if credential.is_live(now) else "expired"
     return kind(state=state, **fields, **members)
-
-
-def _datetime(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)
-
-
-def _optional_datetime(seconds: float | None) -> datetime | None:
-    return None if seconds is None else _datetime(seconds)

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
 from keys.keyring import KeyState, RotationPolicy, SigningKey
 from keys.signer import NewKey
 from service.authority.audit import AuditRecord
-from service.authority.key_rotation import StoredKey
+from service.authority.key_rotation import StoredKey, TokenHolder
 from service.store.database import Database
 from service.store.service_users import as_json
 
@@ -30,6 +30,20 @@ SELECT kid, state, signer, public_der, sealed_private, published_at, activated_a
 PREPARE = "SELECT prepare_key_1($1, $2, $3)"
 ACTIVATE = "SELECT activate_key_1($1, $2, $3, $4, $5, $6, $7)"
 RETIRE = "SELECT retire_key_1($1, $2, $3)"
+HASTEN_ROTATION = "SELECT hasten_rotation_1($1, $2, $3)"
+REVOKE = "SELECT revoke_key_1($1, $2, $3, $4, $5, $6)"
+REVOKE_ALL = "SELECT revoke_all_keys_1($1, $2, $3, $4, $5, $6)"
+RESEAL = "SELECT reseal_key_1($1, $2, $3)"
+
+SELECT_HOLDERS = """
+SELECT service_user_id, max(service_user) AS service_user, count(*) AS count,
+       to_timestamp(max(exp)) AS last_ends_at
+  FROM audit_records
+ WHERE kid = ANY ($1::text[]) AND exp > extract(epoch FROM clock_timestamp())
+   -- No token lives longer than an hour: a scan of the newest ids finds them all.
+   AND id >= uuidv7_floor_1(clock_timestamp() - interval '65 minutes')
+ GROUP BY service_user_id ORDER BY service_user
+"""
 
 
 class SigningKeys:
@@ -46,38 +60,82 @@ class SigningKeys:
 
     async def prepare(self, key: NewKey, record: AuditRecord) -> bool:
         """Publish the next key, unless one stands ready."""
-        der = key.public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        row = {
-            "kid": key.kid,
-            "signer": key.signer,
-            "public_der": "\\x" + der.hex(),
-            "sealed_private": "\\x" + key.sealed_private.hex(),
-        }
-        async with self._database.connection() as connection:
-            return await connection.fetchval(
-                PREPARE, as_json(row), as_json(record), self._clock_skew
-            )
+        return await self._call(PREPARE, _as_row(key), as_json(record), self._clock_skew)
 
     async def activate(
         self, kid: str, active_kid: str | None, policy: RotationPolicy, record: AuditRecord
     ) -> bool:
         """Let the pending key sign instead of `active_kid`, if both still are what they were."""
-        async with self._database.connection() as connection:
-            return await connection.fetchval(
-                ACTIVATE,
-                kid,
-                active_kid,
-                timedelta(seconds=policy.publish_lead),
-                policy.lifetime_cap,
-                timedelta(seconds=policy.rotation_period),
-                as_json(record),
-                self._clock_skew,
-            )
+        return await self._call(
+            ACTIVATE,
+            kid,
+            active_kid,
+            timedelta(seconds=policy.publish_lead),
+            policy.lifetime_cap,
+            timedelta(seconds=policy.rotation_period),
+            as_json(record),
+            self._clock_skew,
+        )
 
     async def retire(self, kid: str, record: AuditRecord) -> bool:
         """Stop publishing a retiring key whose time is over."""
+        return await self._call(RETIRE, kid, as_json(record), self._clock_skew)
+
+    async def hasten_rotation(self, active_kid: str, record: AuditRecord) -> bool:
+        """Let the rotation away from `active_kid` be due now."""
+        return await self._call(HASTEN_ROTATION, active_kid, as_json(record), self._clock_skew)
+
+    async def revoke(self, key: SigningKey, policy: RotationPolicy, record: AuditRecord) -> bool:
+        """Revoke a key that still is in the state that `key` has; the next one takes its place."""
+        return await self._call(
+            REVOKE,
+            key.kid,
+            key.state.value,
+            policy.lifetime_cap,
+            timedelta(seconds=policy.rotation_period),
+            as_json(record),
+            self._clock_skew,
+        )
+
+    async def revoke_all(
+        self, signing: NewKey, following: NewKey, policy: RotationPolicy, record: AuditRecord
+    ) -> bool:
+        """Revoke every published key; `signing` signs from now on, `following` is published."""
+        return await self._call(
+            REVOKE_ALL,
+            _as_row(signing),
+            _as_row(following),
+            policy.lifetime_cap,
+            timedelta(seconds=policy.rotation_period),
+            as_json(record),
+            self._clock_skew,
+        )
+
+    async def holders(self, kids: Sequence[str]) -> Sequence[TokenHolder]:
+        """Return which service users hold live tokens of these keys."""
         async with self._database.connection() as connection:
-            return await connection.fetchval(RETIRE, kid, as_json(record), self._clock_skew)
+            rows = await connection.fetch(SELECT_HOLDERS, list(kids))
+        return [TokenHolder(**row) for row in rows]
+
+    async def reseal(self, kid: str, before: bytes, after: bytes) -> bool:
+        """Put `after` in the place of the sealed private half `before`, if that is still there."""
+        return await self._call(RESEAL, kid, before, after)
+
+    async def _call(self, function: str, *arguments: object) -> bool:
+        async with self._database.connection() as connection:
+            return await connection.fetchval(function, *arguments)
+
+
+def _as_row(key: NewKey) -> str:
+    der = key.public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return as_json(
+        {
+            "kid": key.kid,
+            "signer": key.signer,
+            "public_der": "\\x" + der.hex(),
+            "sealed_private": "\\x" + key.sealed_private.hex(),
+        }
+    )
 
 
 def _stored_key(row: asyncpg.Record) -> StoredKey:

@@ -72,7 +72,7 @@ async def authority(
     operator_credential: Credential,
 ) -> AsyncGenerator[Authority, None]:
     """A running authority, with its keys and its first operator."""
-    built = Authority(settings, dsn=database.service_dsn, keks=keks)
+    built = Authority(settings, dsn=database.service_dsn, read_keks=lambda: keks)
     async with built.litestar.lifespan():
         assert built.health().ready
         yield built
@@ -196,7 +196,7 @@ def live_server(
         operator = asyncio.run(_set_up(database, settings, keks, rsa_keys))
 
         def create_app() -> ASGIApp:
-            return Authority(settings, dsn=database.service_dsn, keks=keks).asgi
+            return Authority(settings, dsn=database.service_dsn, read_keks=lambda: keks).asgi
 
         server = uvicorn.Server(
             uvicorn.Config(create_app, factory=True, log_config=None, access_log=False)

@@ -363,7 +363,9 @@ async def issuer(
 ) -> AsyncGenerator[TokenIssuer, None]:
     """What exchanges credentials for tokens, on the parts above."""
     with ThreadPoolExecutor(1) as executor:
-        keys = LiveKeyRing(store=signing_keys, keks=keks, executor=executor, clock=time.time)
+        keys = LiveKeyRing(
+            store=signing_keys, read_keks=lambda: keks, executor=executor, clock=time.time
+        )
         ring = await keys.fresh()
         assert ring.active is not None
         assert ring.active.kid == active_kid

@@ -36,7 +36,9 @@ def open_ring(signing_keys: SigningKeys) -> Generator[OpenRing, None, None]:
     with ThreadPoolExecutor(1) as executor:
 
         def opened(keks: KeyEncryptionKeys) -> LiveKeyRing:
-            return LiveKeyRing(store=signing_keys, keks=keks, executor=executor, clock=time.time)
+            return LiveKeyRing(
+                store=signing_keys, read_keks=lambda: keks, executor=executor, clock=time.time
+            )
 
         yield opened
 
@@ -169,7 +171,7 @@ async def test_of_twenty_rotators_one_takes_each_step(
         KeyRotator(
             keys=open_ring(keks),
             store=signing_keys,
-            keks=keks,
+            read_keks=lambda: keks,
             policy=policy,
             key_bits=1024,  # nothing signs here, and twenty make keys at once
             clock=time.time,

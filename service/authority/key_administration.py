@@ -1,0 +1,199 @@
+"""What operators do with signing keys: look, rotate early, revoke one, revoke all.
+
+The scheduled life of a key is `key_rotation.py`'s; its states are `keys/keyring.py`'s.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from msgspec import Struct
+
+from keys.envelope import KekReader
+from keys.keyring import KeyState, RotationPolicy, SigningKey
+from keys.signer import generate
+from service.authority.audit import Action, AuditRecord, Outcome, new_record_id, personal
+from service.authority.errors import Conflict, NotFound
+from service.authority.key_rotation import KeyRotator, LiveKeyRing, SigningKeyStore, TokenHolder
+from service.authority.model import AdminScope, ClientAddress, Clock
+from service.authority.operators import Operator, Operators
+
+
+class Rotation(Struct, frozen=True, kw_only=True):
+    """A rotation that was asked for: which key signs, which one will, and from when it may."""
+
+    signing_kid: str
+    next_kid: str
+    may_sign_from: datetime
+
+
+class Revocation(Struct, frozen=True, kw_only=True):
+    """What a revocation did, and what it cannot do: verifiers hold keys that they fetched.
+
+    No process signs with a revoked key from now on. Until `old_accepted_until` a verifier that
+    can fetch may still accept its tokens, and refuse those of a key that it has not seen; one that
+    cannot fetch may do so until `old_accepted_offline_until`. `holders` have to exchange again.
+    """
+
+    revoked_kids: list[str]
+    signing_kid: str | None
+    old_accepted_until: datetime
+    old_accepted_offline_until: datetime
+    holders: list[TokenHolder]
+    advice: str
+
+
+class KeyAdministration:
+    """The acts. Each raises an AdminRefusal, or the errors of a store away."""
+
+    def __init__(
+        self,
+        *,
+        keys: LiveKeyRing,
+        rotator: KeyRotator,
+        store: SigningKeyStore,
+        read_keks: KekReader,
+        operators: Operators,
+        policy: RotationPolicy,
+        key_bits: int,
+        jwks_max_age: float,
+        max_stale: float,
+        clock: Clock,
+    ) -> None:
+        self._keys = keys
+        self._rotator = rotator
+        self._store = store
+        self._read_keks = read_keks
+        self._operators = operators
+        self._policy = policy
+        self._key_bits = key_bits
+        self._jwks_max_age = jwks_max_age
+        self._max_stale = max_stale
+        self._clock = clock
+
+    async def published(self, operator: Operator) -> Sequence[SigningKey]:
+        """Return the published keys, as they are now, in the order of their publication."""
+        operator.require(AdminScope.SIGNING_KEYS_READ)
+        return (await self._keys.fresh()).keys
+
+    def may_sign_from(self, key: SigningKey) -> datetime | None:
+        """Return from when a pending key may sign: the lead is over then."""
+        if key.state is not KeyState.PENDING:
+            return None
+        return _datetime(key.published_at + self._policy.publish_lead)
+
+    async def rotate(self, operator: Operator, reason: str, origin: ClientAddress) -> Rotation:
+        """Let the next key sign as soon as it was published long enough, schedule or not."""
+
+        async def act(operator: Operator) -> Rotation | None:
+            operator.require(AdminScope.SIGNING_KEYS_ROTATE)
+            ring = await self._keys.fresh()
+            if ring.active is None or ring.pending is None:
+                raise Conflict("There is no next key yet. It is made within seconds: try again.")
+            record = self._record(
+                Action.SIGNING_KEY_ROTATE, operator, ring.active.kid, reason, origin, {}
+            )
+            if not await self._store.hasten_rotation(ring.active.kid, record):
+                return None
+            may_sign_from = _datetime(ring.pending.published_at + self._policy.publish_lead)
+            return Rotation(
+                signing_kid=ring.active.kid,
+                next_kid=ring.pending.kid,
+                may_sign_from=may_sign_from,
+            )
+
+        return await self._operators.decided_on_current(operator, act)
+
+    async def revoke(
+        self, operator: Operator, kid: str, reason: str, origin: ClientAddress
+    ) -> Revocation:
+        """Revoke one key; from when this returns no process signs with it, and none publishes it
+        once it has read the ring again. The next key takes the active one's place at once."""
+
+        async def act(operator: Operator) -> SigningKey | None:
+            operator.require(AdminScope.SIGNING_KEYS_REVOKE)
+            ring = await self._keys.fresh()
+            key = next((key for key in ring.keys if key.kid == kid), None)
+            if key is None:
+                raise NotFound("No key with this kid is published: nothing is left to revoke.")
+            details = {"state": key.state.value}
+            record = self._record(Action.SIGNING_KEY_REVOKE, operator, kid, reason, origin, details)
+            return key if await self._store.revoke(key, self._policy, record) else None
+
+        revoked = await self._operators.decided_on_current(operator, act)
+        advice = (
+            "Could the key that signs now have leaked with it? Then revoke all keys."
+            if revoked.state is KeyState.ACTIVE
+            else ""
+        )
+        return await self._revocation([kid], advice)
+
+    async def revoke_all(
+        self, operator: Operator, reason: str, origin: ClientAddress
+    ) -> Revocation:
+        """Revoke every published key and put two new ones in: for a leaked key-encryption key,
+        database or host. The new ones are sealed under the first key of KEK_FILE."""
+        operator.require(AdminScope.SIGNING_KEYS_REVOKE)
+        signing, following = [
+            await asyncio.to_thread(generate, self._key_bits, self._read_keks()) for _ in range(2)
+        ]
+
+        async def act(operator: Operator) -> list[str] | None:
+            operator.require(AdminScope.SIGNING_KEYS_REVOKE)
+            kids = [key.kid for key in (await self._keys.fresh()).keys]
+            record = self._record(
+                Action.SIGNING_KEY_REVOKE_ALL,
+                operator,
+                signing.kid,
+                reason,
+                origin,
+                {"revoked": kids},
+            )
+            done = await self._store.revoke_all(signing, following, self._policy, record)
+            return kids if done else None
+
+        revoked = await self._operators.decided_on_current(operator, act)
+        advice = (
+            "The new keys are sealed under the first key of KEK_FILE. If that one could have "
+            "leaked, put a new one first, restart, and revoke all again."
+        )
+        return await self._revocation(revoked, advice)
+
+    async def _revocation(self, kids: list[str], advice: str) -> Revocation:
+        # The ring of this process first: what it publishes must not lag behind its own answer.
+        await self._rotator.tick()
+        active = self._keys.ring.active
+        now = self._clock()
+        return Revocation(
+            revoked_kids=kids,
+            signing_kid=active.kid if active else None,
+            old_accepted_until=_datetime(now + self._jwks_max_age),
+            old_accepted_offline_until=_datetime(now + self._jwks_max_age + self._max_stale),
+            holders=list(await self._store.holders(kids)),
+            advice=advice,
+        )
+
+    def _record(
+        self,
+        action: Action,
+        operator: Operator,
+        kid: str,
+        reason: str,
+        origin: ClientAddress,
+        details: dict[str, Any],
+    ) -> AuditRecord:
+        return AuditRecord(
+            id=new_record_id(self._clock()),
+            action=action,
+            outcome=Outcome.SUCCESS,
+            reason=reason,
+            kid=kid,
+            details=details,
+            **operator.as_actor(),
+            **personal(origin),
+        )
+
+
+def _datetime(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
