@@ -20,8 +20,8 @@ help: ## Show this
 install: $(PRIVYSEAL) $(VERIFIER) ## Make .venv from the lock (PYTHON=python3, at least 3.11)
 
 $(LOCKED): requirements-dev.lock
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "Privyseal needs Python 3.11 or later, and $(PYTHON) is not: make install PYTHON=python3.13" >&2; \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Privyseal needs Python 3.11 or later, and $(PYTHON) is none: make install PYTHON=python3.13" >&2; \
 	  exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || { \
 	  echo "$(PYTHON) cannot make an environment. On Debian: apt-get install python3-venv" >&2; \

@@ -141,11 +141,11 @@ def next_step(
         return Prepare()
     if ring.active is None:
         return Activate(kid=ring.pending.kid)
-    ends = [(key.publish_until or now, key.kid) for key in ring.retiring]
+    ends = [(_stamped(key.publish_until), key.kid) for key in ring.retiring]
     if ends and now >= min(ends)[0]:
         return Retire(kid=min(ends)[1])
     due = max(
-        ring.active.rotate_at or now,
+        _stamped(ring.active.rotate_at),
         ring.pending.published_at + policy.publish_lead,
     )
     if now < due:
@@ -153,3 +153,9 @@ def next_step(
     if awaited and now < due + policy.gate_window:
         return Wait(until=due + policy.gate_window, awaited=awaited)
     return Activate(kid=ring.pending.kid)
+
+
+def _stamped(time: float | None) -> float:
+    if time is None:
+        raise ValueError("a key in this state has this time stamped on it")
+    return time

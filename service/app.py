@@ -57,7 +57,7 @@ from service.http.well_known import (
 from service.logging import configure_logging
 from service.settings import MAX_TOKEN_LIFETIME, RING_POLL, Settings
 from service.store.audit_log import AuditRecords, PostgresRecordWriter
-from service.store.database import Database
+from service.store.database import Database, check_server
 from service.store.embedded import find_running
 from service.store.migrate import require_schema
 from service.store.notifications import ChangeListener
@@ -100,7 +100,7 @@ def kek_reader(path: Path) -> KekReader:
 
     def read() -> KeyEncryptionKeys:
         try:
-            return KeyEncryptionKeys.parse(path.read_text("utf-8"))
+            text = path.read_text("utf-8")
         except OSError as error:
             raise EnvelopeError(
                 f"The key-encryption keys at {path} cannot be read ({error.strerror}). Set "
@@ -109,6 +109,10 @@ def kek_reader(path: Path) -> KekReader:
             ) from None
         except UnicodeDecodeError:
             raise EnvelopeError(f"{path} is no text file of base64url lines.") from None
+        try:
+            return KeyEncryptionKeys.parse(text)
+        except EnvelopeError as error:
+            raise EnvelopeError(f"{path} (PRIVYSEAL_KEK_FILE): {error}.") from None
 
     return read
 
@@ -193,13 +197,13 @@ class Authority:
         )
         key_administration = KeyAdministration(
             keys=self.keys,
-            rotator=self.rotator,
             store=signing_keys,
             read_keks=read_keks,
             operators=operators,
             policy=rotation_policy(settings),
             key_bits=settings.key_bits,
             jwks_max_age=settings.jwks_max_age,
+            ring_poll=RING_POLL,
             max_stale=MAX_STALE,
             clock=self.clock,
         )
@@ -290,6 +294,8 @@ class Authority:
         """Check the schema, then keep the partitions of the audit log ahead of time."""
         while True:
             try:
+                # Here and not only before the start: Postgres may have been away then.
+                await check_server(self._dsn)
                 async with self.database.connection() as connection:
                     await require_schema(connection)
                     await connection.execute("SELECT open_audit_era_1()")
@@ -297,7 +303,7 @@ class Authority:
                 self._schema_ready.set()
                 await asyncio.sleep(_UPKEEP)
             except StartRefused as error:
-                log.error("schema_incompatible", error=str(error))
+                log.error("not_serving_from_this_database", error=str(error))
                 await asyncio.sleep(_RETRY)
             except StoreUnavailable:
                 await asyncio.sleep(_RETRY)

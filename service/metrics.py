@@ -60,10 +60,10 @@ clock_offset_seconds = Gauge(
     "How far Postgres' clock is ahead of the process that is furthest off.",
     multiprocess_mode="livemax",
 )
-ring_age_seconds = Gauge(
-    "privyseal_ring_age_seconds",
-    "Seconds since the key ring was read, in the process where that is longest ago.",
-    multiprocess_mode="livemax",
+ring_read_at_seconds = Gauge(
+    "privyseal_ring_read_at_seconds",
+    "When the key ring was read, in the process where that is longest ago; seconds since 1970.",
+    multiprocess_mode="livemin",
 )
 signing_keys = Gauge(
     "privyseal_signing_keys", "Signing keys by state.", ["state"], multiprocess_mode="livemax"

@@ -231,7 +231,7 @@ def _range_problems(settings: Settings) -> list[str]:
         "JWKS_MAX_AGE": (1, 86_400, "seconds"),
         "KEY_PUBLISH_LEAD": (1, 90 * 86_400, "seconds"),
         "KEY_ROTATION_DAYS": (1, 366, "days"),
-        "CLOCK_SKEW": (0, 300, "seconds"),
+        "CLOCK_SKEW": (5, 300, "seconds"),
         "DRAIN_SECONDS": (0, 300, "seconds"),
     }
     return [

@@ -5,10 +5,12 @@ returns, no process issues anything that it forbids.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Protocol
 
 import msgspec
+import structlog
 from msgspec import UNSET, Struct, UnsetType
 
 from keys.secret import Secret
@@ -19,6 +21,7 @@ from service.authority.errors import (
     Invalid,
     NotFound,
     PreconditionFailed,
+    StoreUnavailable,
 )
 from service.authority.model import (
     MAX_LIVE_CREDENTIALS,
@@ -45,6 +48,9 @@ from service.authority.operators import Operator, Operators
 
 DEFAULT_CREDENTIAL_LIFETIME: Final = timedelta(days=365)
 MAX_CREDENTIAL_LIFETIME: Final = timedelta(days=5 * 366)
+
+
+log = structlog.stdlib.get_logger()
 
 
 class ServiceUserStore(Protocol):
@@ -203,7 +209,7 @@ class Administration:
         change: ServiceUserChange,
         if_match: int,
         origin: ClientAddress,
-    ) -> tuple[ServiceUser, LiveTokens]:
+    ) -> tuple[ServiceUser, LiveTokens | None]:
         """Change a service user that is still at version `if_match`."""
         fields = {
             name: value
@@ -216,7 +222,8 @@ class Administration:
 
         async def act(operator: Operator) -> ServiceUser | None:
             operator.require(AdminScope.SERVICE_USERS_WRITE)
-            before = _user(await self._store.fresh(service_user_id))
+            subject = await self._store.fresh(service_user_id)
+            before = _user(subject)
             if before.version != if_match:
                 raise PreconditionFailed(
                     f"{before.name} is at version {before.version} and not {if_match}: somebody "
@@ -225,13 +232,22 @@ class Administration:
             after = msgspec.structs.replace(before, **fields)
             operator.require_all(before.admin_scopes | after.admin_scopes)
             self._require_api_audience(after)
+            if after.admin_scopes - before.admin_scopes and any(
+                held.is_live(self._clock()) for held in subject.credentials
+            ):
+                # Whoever may have kept such a secret had not the rights to make one for this.
+                raise Conflict(
+                    f"{before.name} has live credentials, which would get "
+                    f"{min(after.admin_scopes - before.admin_scopes)} too. Revoke them, change "
+                    "it, and create a new one."
+                )
             return await self._replace(Action.SERVICE_USER_CHANGE, operator, before, after, origin)
 
         return await self._with_live_tokens(await self._operators.decided_on_current(operator, act))
 
     async def disable(
         self, operator: Operator, service_user_id: str, origin: ClientAddress
-    ) -> tuple[ServiceUser, LiveTokens]:
+    ) -> tuple[ServiceUser, LiveTokens | None]:
         """Disable a service user; from when this returns it gets no token from any process."""
 
         async def act(operator: Operator) -> ServiceUser | None:
@@ -244,7 +260,7 @@ class Administration:
 
     async def enable(
         self, operator: Operator, service_user_id: str, origin: ClientAddress
-    ) -> tuple[ServiceUser, LiveTokens]:
+    ) -> tuple[ServiceUser, LiveTokens | None]:
         """Enable a service user again, with the credentials that have not ended meanwhile."""
 
         async def act(operator: Operator) -> ServiceUser | None:
@@ -305,7 +321,7 @@ class Administration:
         service_user_id: str,
         credential_id: str,
         origin: ClientAddress,
-    ) -> tuple[Credential, LiveTokens]:
+    ) -> tuple[Credential, LiveTokens | None]:
         """Revoke a credential; from when this returns it gets no token from any process."""
 
         async def act(operator: Operator) -> Credential | None:
@@ -326,10 +342,12 @@ class Administration:
             )
             return held if await self._store.revoke_credential(credential_id, record) else None
 
-        await self._operators.decided_on_current(operator, act)
-        subject = await self._store.fresh(service_user_id)
-        revoked = next(held for held in subject.credentials if held.id == credential_id)
-        return revoked, await self._store.live_tokens(service_user_id, credential_id)
+        held = await self._operators.decided_on_current(operator, act)
+        revoked = msgspec.structs.replace(held, revoked_at=held.revoked_at or self._now())
+        with suppress(StoreUnavailable):
+            subject = await self._store.fresh(service_user_id)
+            revoked = next(held for held in subject.credentials if held.id == credential_id)
+        return revoked, await self._live_tokens(service_user_id, credential_id)
 
     def _require_api_audience(self, user: ServiceUser) -> None:
         """Raise Invalid for admin scopes that no token could carry: so the last operator would
@@ -354,8 +372,18 @@ class Administration:
             return None
         return msgspec.structs.replace(after, version=before.version + 1)
 
-    async def _with_live_tokens(self, user: ServiceUser) -> tuple[ServiceUser, LiveTokens]:
-        return user, await self._store.live_tokens(user.id)
+    async def _with_live_tokens(self, user: ServiceUser) -> tuple[ServiceUser, LiveTokens | None]:
+        return user, await self._live_tokens(user.id)
+
+    async def _live_tokens(
+        self, service_user_id: str, credential_id: str | None = None
+    ) -> LiveTokens | None:
+        """Return None if they cannot be counted: that must not hide that the act is done."""
+        try:
+            return await self._store.live_tokens(service_user_id, credential_id)
+        except StoreUnavailable as error:
+            log.warning("live_tokens_not_counted", error=str(error))
+            return None
 
     def _record(
         self,
@@ -388,8 +416,8 @@ class Administration:
 
 def first_operator(
     name: str, api_audience: str, now: float, reason: str
-) -> tuple[ServiceUser, Credential, Secret, list[AuditRecord]]:
-    """Return an operator with every admin scope, its credential, and the records of both."""
+) -> tuple[ServiceUser, Credential, Secret, AuditRecord]:
+    """Return an operator with every admin scope, its credential, and the record of it."""
     created_at = datetime.fromtimestamp(now, UTC)
     secret = new_secret()
     user = ServiceUser(
@@ -426,7 +454,7 @@ def first_operator(
         actor="privyseal bootstrap",
         details=_rights(user),
     )
-    return user, credential, secret, [record]
+    return user, credential, secret, record
 
 
 def _user(subject: Subject) -> ServiceUser:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from enum import StrEnum
+from functools import partial
 from typing import Any, Final, Protocol
 from uuid import UUID
 
@@ -286,7 +287,10 @@ class AuditLog:
         """Equal refusals of one second share a record; each is compared with what is in force."""
         key = (
             record.client_address,
-            record.service_user_id,
+            # Ids that nobody has are as good as one: else each would be a record of its own.
+            None if record.version == 0 else record.service_user_id,
+            record.credential_id,
+            record.kid,
             record.actor_id,
             record.action,
             record.reason,
@@ -312,13 +316,14 @@ class AuditLog:
         # Each was compared when it was refused: what is written now only says how many they were.
         record = msgspec.structs.replace(
             repeat.record,
-            id=UUID(int=uuid_utils.uuid7().int),
+            # Its time is that of the first: the 48 bits before the random ones (RFC 9562 §5.7).
+            id=new_record_id((repeat.record.id.int >> 80) / 1000),
             version=None,
             actor_version=None,
             repeats=repeat.count,
         )
         recorded = asyncio.get_running_loop().create_future()
-        recorded.add_done_callback(lambda done: done.cancelled() or done.exception())
+        recorded.add_done_callback(partial(_count_if_unrecorded, record))
         self._refusals.append(_Waiting(record, recorded))
         self._arrived.set()
 
@@ -326,7 +331,7 @@ class AuditLog:
         """Commit what is appended until cancelled; each writer connects again by itself."""
         async with asyncio.TaskGroup() as tasks:
             for writer in self._writers:
-                tasks.create_task(self._keep_writing(writer))
+                tasks.create_task(self._keep_writing_whatever_happens(writer))
 
     async def drain(self) -> None:
         """Return when all that was appended is settled; for an orderly stop, after the requests."""
@@ -334,6 +339,15 @@ class AuditLog:
             self._end_repeats(key)
         while self.available and (self._grants or self._refusals or self._under_way):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+
+    async def _keep_writing_whatever_happens(self, writer: RecordWriter) -> None:
+        """A defect that shows in one writer must not stop the other."""
+        while True:
+            try:
+                await self._keep_writing(writer)
+            except Exception as error:
+                log.error("audit_writer_failed", error=type(error).__name__)
+                await asyncio.sleep(_RECONNECT_DELAYS[-1])
 
     async def _keep_writing(self, writer: RecordWriter) -> None:
         failures = 0
@@ -347,15 +361,19 @@ class AuditLog:
                 failures += 1
                 continue
             failures = 0
-            self._connected += 1
+            self._count_connected(+1)
             try:
                 while await self._write_batch(writer):
                     pass
             finally:
-                self._connected -= 1
+                self._count_connected(-1)
                 await writer.close()
                 if not self.available:
                     self._fail_all()
+
+    def _count_connected(self, change: int) -> None:
+        self._connected += change
+        metrics.store_connected.set(self.available)
 
     async def _write_batch(self, writer: RecordWriter) -> bool:
         """Settle one batch; return False when the writer has lost its connection."""
@@ -369,6 +387,9 @@ class AuditLog:
         self._under_way += 1
         try:
             return await self._commit(writer, batch)
+        except BaseException:
+            _fail(batch)
+            raise
         finally:
             self._under_way -= 1
 
@@ -380,9 +401,6 @@ class AuditLog:
         except StoreUnavailable:
             _fail(batch)
             return False
-        except asyncio.CancelledError:
-            _fail(batch)
-            raise
         metrics.audit_batch_records.observe(len(batch))
         for waiting, recorded in zip(batch, verdicts, strict=True):
             _settle(waiting, recorded)
@@ -430,6 +448,11 @@ def _count_unrecorded(record: AuditRecord, count: int) -> None:
         request_id=record.request_id,
         count=count,
     )
+
+
+def _count_if_unrecorded(record: AuditRecord, recorded: asyncio.Future[bool]) -> None:
+    if recorded.cancelled() or recorded.exception() is not None:
+        _count_unrecorded(record, record.repeats)
 
 
 def _settle(waiting: _Waiting, recorded: bool) -> None:

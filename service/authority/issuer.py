@@ -46,6 +46,9 @@ from service.authority.model import (
 )
 from service.authority.operators import Operator, Operators
 
+SIGN_DEADLINE: Final = 2.0
+"""Seconds; a signer in an HSM may hang."""
+
 ENDS_SOON: Final = 30 * 86_400
 """Seconds before its end from which each answer says when the credential ends."""
 
@@ -74,6 +77,13 @@ class KeyRings(Protocol):
         ...
 
 
+Reading = tuple[
+    Callable[[str], Awaitable[Subject]],
+    Callable[[], Awaitable[KeyRing]],
+]
+"""How to read the subject and the ring: from memory, or from Postgres."""
+
+
 class Decision(Struct, frozen=True, kw_only=True):
     """What will be answered if, and only if, `record` can be committed."""
 
@@ -92,7 +102,8 @@ class Grant(Struct, frozen=True, kw_only=True):
     async def sign(self) -> AccessToken:
         """Return the token; it must not leave before its record is durable."""
         assert self.key.signer is not None
-        signature = await self.key.signer.sign(self.unsigned.signing_input)
+        async with asyncio.timeout(SIGN_DEADLINE):
+            signature = await self.key.signer.sign(self.unsigned.signing_input)
         return AccessToken(
             token=Secret(self.unsigned.signed(signature)),
             jti=self.claims.jti,
@@ -134,7 +145,12 @@ class TokenIssuer:
         async def decide(subject: Subject, key: SigningKey) -> Decision:
             return decide_exchange(request, subject, key, self._terms, self._clock())
 
-        return await self._issue(request.client_id, decide)
+        return await self._issue(
+            request.client_id,
+            decide,
+            (self._directory.cached, self._keys.cached),
+            (self._directory.fresh, self._keys.fresh),
+        )
 
     async def mint(
         self,
@@ -159,7 +175,9 @@ class TokenIssuer:
                 user, key, self._terms, self._clock(), audience, granted, origin, minter=present
             )
 
-        return await self._issue(service_user_id, decide)
+        # What refuses a mint is not compared by a commit: so it is never decided from memory.
+        fresh = (self._directory.fresh, self._keys.fresh)
+        return await self._issue(service_user_id, decide, fresh, fresh)
 
     async def refuse(self, error: OAuthError, origin: ClientAddress) -> None:
         """Put a refusal on record that needed no look at the directory: a malformed request."""
@@ -170,15 +188,18 @@ class TokenIssuer:
         self,
         client_id: str,
         decide: Callable[[Subject, SigningKey], Awaitable[Decision]],
+        *readings: Reading,
     ) -> AccessToken:
+        """Decide on the first reading, and on the second if the commit found the first outdated.
+
+        The commit itself has the last word: `append_records_1` in the migrations compares
+        version, key, credential and times under the fence.
+        """
         try:
-            for directory, keys in (
-                (self._directory.cached, self._keys.cached),
-                (self._directory.fresh, self._keys.fresh),
-            ):
-                subject, ring = await directory(client_id), await keys()
+            for read_subject, read_ring in readings:
+                subject, ring = await read_subject(client_id), await read_ring()
                 if ring.active is None or ring.active.signer is None:
-                    continue
+                    raise TemporarilyUnavailable("no key can sign in this process")
                 decision = await decide(subject, ring.active)
                 if isinstance(decision.answer, OAuthError):
                     if await self._audit.append(decision.record):
@@ -189,8 +210,8 @@ class TokenIssuer:
                     )
                     if recorded:
                         return token
-        except (StoreUnavailable, AuditUnavailable) as error:
-            raise TemporarilyUnavailable(str(error)) from error
+        except (StoreUnavailable, AuditUnavailable, TimeoutError) as error:
+            raise TemporarilyUnavailable(str(error) or "no signature in time") from error
         raise TemporarilyUnavailable("what was decided on changed twice while it was decided")
 
 
@@ -272,6 +293,8 @@ def grant(
     minter: Operator | None = None,
 ) -> Decision:
     """Return the token to sign and the record that must be durable before it leaves."""
+    if key.lifetime_cap is None:
+        raise ValueError(f"key {key.kid} has no lifetime cap: it was never activated")
     record_id: UUID = new_record_id(now)
     iat = int(now)
     claims = Claims(
@@ -279,7 +302,7 @@ def grant(
         sub=user.id,
         client_id=user.id,
         aud=audience,
-        exp=iat + min(user.token_lifetime, key.lifetime_cap or 0),
+        exp=iat + min(user.token_lifetime, key.lifetime_cap),
         iat=iat,
         jti=str(record_id),
         scope=scope,

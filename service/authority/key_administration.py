@@ -8,16 +8,19 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import structlog
 from msgspec import Struct
 
-from keys.envelope import KekReader
+from keys.envelope import EnvelopeError, KekReader
 from keys.keyring import KeyState, RotationPolicy, SigningKey
 from keys.signer import generate
 from service.authority.audit import Action, AuditRecord, Outcome, new_record_id, personal
-from service.authority.errors import Conflict, NotFound
-from service.authority.key_rotation import KeyRotator, LiveKeyRing, SigningKeyStore, TokenHolder
+from service.authority.errors import Conflict, NotFound, StoreUnavailable
+from service.authority.key_rotation import LiveKeyRing, SigningKeyStore, TokenHolder
 from service.authority.model import AdminScope, ClientAddress, Clock
 from service.authority.operators import Operator, Operators
+
+log = structlog.stdlib.get_logger()
 
 
 class Rotation(Struct, frozen=True, kw_only=True):
@@ -32,15 +35,16 @@ class Revocation(Struct, frozen=True, kw_only=True):
     """What a revocation did, and what it cannot do: verifiers hold keys that they fetched.
 
     No process signs with a revoked key from now on. Until `old_accepted_until` a verifier that
-    can fetch may still accept its tokens, and refuse those of a key that it has not seen; one that
-    cannot fetch may do so until `old_accepted_offline_until`. `holders` have to exchange again.
+    heeds the max-age of the JWKS may still accept its tokens, and refuse those of a key that it
+    has not seen; ours, if it cannot fetch, until `old_accepted_offline_until`. `holders` have to
+    exchange again; it is null if they could not be read.
     """
 
     revoked_kids: list[str]
     signing_kid: str | None
     old_accepted_until: datetime
     old_accepted_offline_until: datetime
-    holders: list[TokenHolder]
+    holders: list[TokenHolder] | None
     advice: str
 
 
@@ -51,24 +55,24 @@ class KeyAdministration:
         self,
         *,
         keys: LiveKeyRing,
-        rotator: KeyRotator,
         store: SigningKeyStore,
         read_keks: KekReader,
         operators: Operators,
         policy: RotationPolicy,
         key_bits: int,
         jwks_max_age: float,
+        ring_poll: float,
         max_stale: float,
         clock: Clock,
     ) -> None:
         self._keys = keys
-        self._rotator = rotator
         self._store = store
         self._read_keks = read_keks
         self._operators = operators
         self._policy = policy
         self._key_bits = key_bits
         self._jwks_max_age = jwks_max_age
+        self._ring_poll = ring_poll
         self._max_stale = max_stale
         self._clock = clock
 
@@ -135,8 +139,12 @@ class KeyAdministration:
         """Revoke every published key and put two new ones in: for a leaked key-encryption key,
         database or host. The new ones are sealed under the first key of KEK_FILE."""
         operator.require(AdminScope.SIGNING_KEYS_REVOKE)
+        try:
+            keks = self._read_keks()
+        except EnvelopeError as error:
+            raise Conflict(str(error)) from error
         signing, following = [
-            await asyncio.to_thread(generate, self._key_bits, self._read_keks()) for _ in range(2)
+            await asyncio.to_thread(generate, self._key_bits, keks) for _ in range(2)
         ]
 
         async def act(operator: Operator) -> list[str] | None:
@@ -150,27 +158,34 @@ class KeyAdministration:
                 origin,
                 {"revoked": kids},
             )
-            done = await self._store.revoke_all(signing, following, self._policy, record)
+            done = await self._store.revoke_all(kids, signing, following, self._policy, record)
             return kids if done else None
 
         revoked = await self._operators.decided_on_current(operator, act)
         advice = (
             "The new keys are sealed under the first key of KEK_FILE. If that one could have "
-            "leaked, put a new one first, restart, and revoke all again."
+            "leaked, put a new one first and revoke all again."
         )
         return await self._revocation(revoked, advice)
 
     async def _revocation(self, kids: list[str], advice: str) -> Revocation:
-        # The ring of this process first: what it publishes must not lag behind its own answer.
-        await self._rotator.tick()
+        """Say what follows. The act is committed: what cannot be read now must not hide that."""
+        holders = None
+        try:
+            # What this process publishes must not lag behind its own answer.
+            await self._keys.fresh()
+            holders = list(await self._store.holders(kids))
+        except StoreUnavailable as error:
+            log.warning("revocation_without_details", error=str(error))
         active = self._keys.ring.active
-        now = self._clock()
+        # A process that missed the notification publishes the old set until it reads the ring.
+        fetched = self._clock() + self._ring_poll + self._jwks_max_age
         return Revocation(
             revoked_kids=kids,
             signing_kid=active.kid if active else None,
-            old_accepted_until=_datetime(now + self._jwks_max_age),
-            old_accepted_offline_until=_datetime(now + self._jwks_max_age + self._max_stale),
-            holders=list(await self._store.holders(kids)),
+            old_accepted_until=_datetime(fetched),
+            old_accepted_offline_until=_datetime(fetched + self._max_stale),
+            holders=holders,
             advice=advice,
         )
 

@@ -76,7 +76,12 @@ class SigningKeyStore(Protocol):
     ) -> bool: ...
 
     async def revoke_all(
-        self, signing: NewKey, following: NewKey, policy: RotationPolicy, record: AuditRecord
+        self,
+        kids: Sequence[str],
+        signing: NewKey,
+        following: NewKey,
+        policy: RotationPolicy,
+        record: AuditRecord,
     ) -> bool: ...
 
     async def holders(self, kids: Sequence[str]) -> Sequence[TokenHolder]: ...
@@ -100,6 +105,10 @@ class LiveKeyRing:
         self._signers: dict[str, Signer] = {}
         self._ring = KeyRing()
         self._read_at = 0.0
+        # One read at a time; they are numbered, and `_read` is the last that succeeded.
+        self._reading = asyncio.Lock()
+        self._reads_begun = 0
+        self._read = 0
         self.loaded = False
 
     @property
@@ -120,19 +129,27 @@ class LiveKeyRing:
         """Read the ring and open the keys that are new; raise StoreUnavailable.
 
         The pending key is opened as soon as it appears: if that fails it is an alarm, weeks
-        before the key must sign.
+        before the key must sign. Calls that wait for a read share the next one.
         """
+        begun_before = self._reads_begun
+        async with self._reading:
+            if self._read <= begun_before:
+                self._reads_begun += 1
+                await self._load(self._reads_begun)
+            # Else somebody's read began after this call, and saw all that this one would.
+            return self._ring
+
+    async def _load(self, read: int) -> None:
         read_at = self._clock()
         stored = await self._store.published_keys()
-        if read_at >= self._read_at:
-            self._ring = KeyRing([self._opened(each) for each in stored])
-            self._signers = {kid: s for kid, s in self._signers.items() if kid in self._kids()}
-            self._read_at = read_at
-            self.loaded = True
-            for state in KeyState:
-                count = sum(key.state is state for key in self._ring.keys)
-                metrics.signing_keys.labels(state).set(count)
-        return self._ring
+        self._ring = KeyRing([self._opened(each) for each in stored])
+        self._signers = {kid: s for kid, s in self._signers.items() if kid in self._kids()}
+        self._read, self._read_at = read, read_at
+        self.loaded = True
+        metrics.ring_read_at_seconds.set(read_at)
+        for state in KeyState:
+            count = sum(key.state is state for key in self._ring.keys)
+            metrics.signing_keys.labels(state).set(count)
 
     def _kids(self) -> frozenset[str]:
         return frozenset(key.kid for key in self._ring.keys if key.signer is not None)
@@ -185,7 +202,6 @@ class KeyRotator:
                 await self.tick()
             except StoreUnavailable as error:
                 log.warning("ring_not_read", error=str(error), age_s=round(self._keys.age))
-            metrics.ring_age_seconds.set(self._keys.age)
             # Processes that started together must not ask together for ever.
             await asyncio.sleep(poll * random.uniform(0.8, 1.0))  # noqa: S311
 
@@ -205,27 +221,33 @@ class KeyRotator:
         match step:
             case Prepare():
                 # Prime numbers take up to seconds: not on the event loop.
-                key = await asyncio.to_thread(generate, self._key_bits, self._read_keks())
+                try:
+                    key = await asyncio.to_thread(generate, self._key_bits, self._read_keks())
+                except EnvelopeError as error:
+                    # None can be sealed; those that are there go on.
+                    log.error("signing_key_not_made", error=str(error))
+                    return False
                 kid = key.kid
-                record = self._record(Action.SIGNING_KEY_PREPARE, kid)
+                record = self._record(Action.SIGNING_KEY_PREPARE, kid, "no next key")
                 taken = await self._store.prepare(key, record)
             case Activate(kid=kid):
                 active = ring.active.kid if ring.active else None
-                record = self._record(Action.SIGNING_KEY_ACTIVATE, kid)
+                cause = "due" if active else "no key signs"
+                record = self._record(Action.SIGNING_KEY_ACTIVATE, kid, cause)
                 taken = await self._store.activate(kid, active, self._policy, record)
             case Retire(kid=kid):
-                record = self._record(Action.SIGNING_KEY_RETIRE, kid)
+                record = self._record(Action.SIGNING_KEY_RETIRE, kid, "its last token ended")
                 taken = await self._store.retire(kid, record)
         if taken:
             log.info("signing_key_step", step=type(step).__name__.lower(), kid=kid)
         return taken
 
-    def _record(self, action: Action, kid: str) -> AuditRecord:
+    def _record(self, action: Action, kid: str, cause: str) -> AuditRecord:
         return AuditRecord(
             id=new_record_id(self._clock()),
             action=action,
             outcome=Outcome.SUCCESS,
             actor="privyseal",
             kid=kid,
-            details={"cause": "schedule"},
+            details={"cause": cause},
         )

@@ -24,16 +24,17 @@ SERVICE_USER_ID: Final = "^su_[a-z2-7]{24}$"
 CREDENTIAL_ID: Final = "^cr_[a-z2-7]{24}$"
 # No underscore: so no name can be taken for an id.
 NAME: Final = "^[a-z0-9][a-z0-9.-]{0,62}$"
+KID: Final = "^[A-Za-z0-9_-]{43}$"
 SOURCE_SYSTEM: Final = "^[a-z][a-z0-9_]{0,62}$"
 SCOPE: Final = "[a-z][a-z0-9:._-]{0,63}"
 Name = Annotated[str, Meta(pattern=NAME, examples=["vkyc-prod"])]
 SourceSystem = Annotated[str, Meta(pattern=SOURCE_SYSTEM, examples=["vkyc"])]
-_PRINTABLE: Final = {"pattern": "^[^\\x00-\\x1f\\x7f]*$"}
-Line = Annotated[str, Meta(max_length=200, extra_json_schema=_PRINTABLE)]
+PRINTABLE: Final = {"pattern": "^[^\\x00-\\x1f\\x7f]*$"}
+Line = Annotated[str, Meta(max_length=200, extra_json_schema=PRINTABLE)]
 Label = Annotated[
-    str, Meta(min_length=1, max_length=100, examples=["2026 autumn"], extra_json_schema=_PRINTABLE)
+    str, Meta(min_length=1, max_length=100, examples=["2026 autumn"], extra_json_schema=PRINTABLE)
 ]
-Text = Annotated[str, Meta(max_length=1000, extra_json_schema=_PRINTABLE)]
+Text = Annotated[str, Meta(max_length=1000, extra_json_schema=PRINTABLE)]
 Scope = Annotated[str, Meta(pattern=f"^{SCOPE}$", examples=["ingest:write"])]
 # RFC 8707 §2: an absolute URI without fragment.
 Audience = Annotated[

@@ -38,7 +38,7 @@ _CLIENT_SECRET: Final = re.compile("pvs_[0-9A-Za-z]{49}")
 _SCOPE: Final = re.compile('scope="([^"]+)"')
 _METADATA: Final = "/.well-known/oauth-authorization-server"
 _UNSURE: Final = " It may have been done: look before you repeat it."
-_CHECK_CREDENTIAL: Final = "Check PRIVYSEAL_CLIENT_ID and PRIVYSEAL_CLIENT_SECRET."
+_CREDENTIAL: Final = "The credential is that in PRIVYSEAL_CLIENT_ID and PRIVYSEAL_CLIENT_SECRET."
 
 
 class Misconfigured(click.ClickException):
@@ -49,6 +49,10 @@ class Misconfigured(click.ClickException):
 
 class Refused(click.ClickException):
     """The authority said no: the same request will not do better."""
+
+
+class Forbidden(Refused):
+    """The caller lacks the scope for this; others of its requests may do."""
 
 
 class Unavailable(click.ClickException):
@@ -287,7 +291,7 @@ class Authority:
             cause = cause.__cause__ or cause.__context__
         return Unavailable(
             f"Nothing answers at {_origin(url)}. Is the authority running (privyseal serve), and "
-            "is PRIVYSEAL_URL right?"
+            f"is PRIVYSEAL_URL right? Where it is not set, it is {DEFAULT_URL}."
         )
 
     def _exchange_refusal(
@@ -299,7 +303,7 @@ class Authority:
         if response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
             return Unavailable(f"No token: {said}{_request_id(response)}")
         if problem.get("error") == "invalid_client":
-            return Refused(f"{said} {_CHECK_CREDENTIAL}")
+            return Refused(f"{said} {_CREDENTIAL}")
         if problem.get("error") == "invalid_target" and resource == self._api_audience:
             return Refused(f"No token for {resource}: {said} Use an operator's credential.")
         return Refused(f"No token for {resource}: {said}" if resource else f"No token: {said}")
@@ -311,10 +315,10 @@ class Authority:
             unsure = "" if repeatable else _UNSURE
             return Unavailable(said + unsure + _request_id(response))
         if status == HTTPStatus.UNAUTHORIZED:
-            return Refused(f"{said} {_CHECK_CREDENTIAL}")
+            return Refused(f"{said} {_CREDENTIAL}")
         if lacking := _SCOPE.search(response.headers.get("WWW-Authenticate", "")):
             scope = printable(lacking[1])
-            return Refused(f"{said} PRIVYSEAL_CLIENT_ID names a service user without {scope}.")
+            return Forbidden(f"{said} PRIVYSEAL_CLIENT_ID names a service user without {scope}.")
         if status == HTTPStatus.PRECONDITION_FAILED:
             return Refused(f"{said} Nothing was changed: look at it and repeat the command.")
         return Refused(_field_errors(problem) or said)
@@ -363,10 +367,14 @@ def _field_errors(problem: Json) -> str:
     faults = problem.get("errors")
     if not isinstance(faults, list):
         return ""
-    return "; ".join(
-        ": ".join(filter(None, (_said(fault.get("pointer")), _said(fault.get("detail")))))
-        for fault in cast("list[Json]", faults)
-    )
+    return "; ".join(map(_field_error, cast("list[Json]", faults)))
+
+
+def _field_error(fault: Json) -> str:
+    pointer, detail = _said(fault.get("pointer")), _said(fault.get("detail"))
+    field = pointer.strip("/").replace("/", ".") or _said(fault.get("parameter"))
+    # Most details name their field themselves.
+    return detail if not field or detail.startswith(f"{field}: ") else f"{field}: {detail}"
 
 
 def _said(text: Any) -> str:

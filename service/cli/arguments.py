@@ -90,8 +90,9 @@ def given(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value not in (None, [], ())}
 
 
-def _credential_id(_: click.Context, __: click.Parameter, value: str) -> str:
-    if not _CREDENTIAL_ID.fullmatch(value):
+def credential_id(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """Refuse what is given and has not the form of a credential id."""
+    if value is not None and not _CREDENTIAL_ID.fullmatch(value):
         raise click.BadParameter(
             f"{value!r} is no credential id: expected cr_ and 24 characters, as "
             "`privyseal credentials list` shows it."
@@ -99,17 +100,10 @@ def _credential_id(_: click.Context, __: click.Parameter, value: str) -> str:
     return value
 
 
-def _askable(_: click.Context, __: click.Parameter, yes: bool) -> bool:
-    if not yes and not sys.stdin.isatty():
-        raise click.UsageError(
-            "This cannot be undone, and without a terminal nobody can be asked: add --yes if it "
-            "is meant."
-        )
-    return yes
-
-
 def confirm(*consequences: str) -> None:
-    """Say what will break and ask; return only on a yes."""
+    """Say what will break and ask; return only on a yes. Wrong usage without a terminal."""
+    if not sys.stdin.isatty():
+        raise click.UsageError("Nobody can be asked without a terminal: add --yes if it is meant.")
     for consequence in consequences:
         click.echo(click.wrap_text(consequence, shutil.get_terminal_size().columns), err=True)
     if not click.confirm("Go on?", err=True):
@@ -120,6 +114,6 @@ def confirm(*consequences: str) -> None:
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON: an array for a list, else an object."
 )
-yes_option = click.option("--yes", is_flag=True, callback=_askable, help="Do not ask first.")
+yes_option = click.option("--yes", is_flag=True, help="Do not ask first.")
 service_user_argument = click.argument("service_user", metavar="SU")
-credential_argument = click.argument("credential_id", metavar="CREDENTIAL", callback=_credential_id)
+credential_argument = click.argument("credential_id", metavar="CREDENTIAL", callback=credential_id)

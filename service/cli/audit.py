@@ -4,13 +4,18 @@ Reads the log; there is no way to write into it.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import click
 
-from service.cli.arguments import Moment, authority, json_option
+from service.cli.arguments import Moment, authority, credential_id, json_option
 from service.cli.render import Json, print_json, print_table
+
+if TYPE_CHECKING:
+    from service.cli.api import Authority
 
 
 @click.group()
@@ -21,12 +26,17 @@ def audit() -> None:
 @audit.command("list")
 @click.option("--service-user", metavar="SU", help="Whom it was done to: id or name.")
 @click.option("--source-system", help="Of which system that one is.")
-@click.option("--credential", metavar="CREDENTIAL", help="With or on which credential.")
+@click.option(
+    "--credential",
+    metavar="CREDENTIAL",
+    callback=credential_id,
+    help="With or on which credential.",
+)
 @click.option("--actor", metavar="SU", help="Which operator did it: id or name.")
 @click.option("--action", help="What was done, such as token.issue or credential.revoke.")
 @click.option("--outcome", type=click.Choice(["success", "refused"]), help="Whether it was done.")
 @click.option("--request-id", help="The X-Request-Id of an answer.")
-@click.option("--jti", help="The id of a token, which is that of its record.")
+@click.option("--jti", type=click.UUID, help="The id of a token, which is that of its record.")
 @click.option(
     "--since",
     type=Moment(ahead=False, end_of_day=False),
@@ -38,7 +48,14 @@ def audit() -> None:
 )
 @click.option("--oldest-first", is_flag=True, help="The first records instead of the last ones.")
 @json_option
-def list_(limit: int, oldest_first: bool, as_json: bool, **filters: str | None) -> None:
+def list_(
+    limit: int,
+    oldest_first: bool,
+    as_json: bool,
+    service_user: str | None,
+    jti: UUID | None,
+    **filters: str | None,
+) -> None:
     """List audit records that meet every filter: the last ones, the newest at the bottom.
 
     --json has more of each record, such as its id (the jti of a token) and the request id.
@@ -57,10 +74,14 @@ def list_(limit: int, oldest_first: bool, as_json: bool, **filters: str | None) 
             page_size=1000,
             limit=limit + 1,
             order="asc" if oldest_first else "desc",
+            service_user=service_user,
+            jti=str(jti) if jti else None,
             **filters,
         )
         records = list(islice(found, limit))
         more = next(found, None) is not None
+        if service_user and not records:
+            _require_service_user(api, service_user)
     if not oldest_first:
         records.reverse()
     if as_json:
@@ -75,6 +96,16 @@ def list_(limit: int, oldest_first: bool, as_json: bool, **filters: str | None) 
     if more:
         end = "first" if oldest_first else "last"
         click.echo(f"These are the {end} {limit}; more meet the filters (--limit).", err=True)
+
+
+def _require_service_user(api: "Authority", id_or_name: str) -> None:
+    """Raise Refused if there is none of that name: it explains an empty list better."""
+    # Here for the reason that `authority` gives.
+    from service.cli.api import Forbidden
+
+    # Who may read the log need not be allowed to read service users.
+    with suppress(Forbidden):
+        api.service_user_id(id_or_name)
 
 
 def _line(record: Json) -> Mapping[str, Any]:

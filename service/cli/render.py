@@ -49,8 +49,12 @@ def print_table(
     if not rows:
         click.echo(nothing, err=True)
     elif sys.stdout.isatty():
-        roomy = shutil.get_terminal_size().columns >= WIDE
-        _print_rich(rows, [*columns, *wide] if roomy else columns)
+        screen = shutil.get_terminal_size()
+        roomy = screen.columns >= WIDE
+        _print_rich(rows, [*columns, *wide] if roomy else columns, screen)
+        if wide and not roomy:
+            left_out = f"Not shown for want of width: {', '.join(wide)}; widen, pipe, or --json."
+            click.echo(f"\n{click.wrap_text(left_out, screen.columns)}", err=True)
     else:
         _print_plain(rows, [*columns, *wide])
 
@@ -72,7 +76,7 @@ def cell(name: str, value: Any) -> str:
             return "-"
         case [*items]:
             return " ".join(printable(str(item)) for item in items)
-        case str() if name.endswith(("_at", "_until")):
+        case str() if name.endswith(("_at", "_from", "_until")):
             return moment(value)
         case str():
             return printable(value)
@@ -94,12 +98,15 @@ def printable(text: str) -> str:
 
 def live_tokens(changed: Mapping[str, Any]) -> str:
     """Say what a change could not take back, and until when."""
-    live: Json = changed["live_tokens"]
+    live: Json | None = changed["live_tokens"]
+    if live is None:
+        return "It is done; the tokens issued before that are still accepted could not be counted."
     if not live["count"]:
         return "No token issued before is still accepted."
     return (
         f"Tokens issued before that are still accepted: {live['count']}. The last one ends at "
-        f"{moment(live['last_ends_at'])}."
+        f"{moment(live['last_ends_at'])}; it lives up to CLOCK_SKEW (60 s) longer where a "
+        "verifier's clock allows it."
     )
 
 
@@ -125,7 +132,9 @@ def _print_plain(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> N
         click.echo("  ".join(padded).rstrip())
 
 
-def _print_rich(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+def _print_rich(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], screen: os.terminal_size
+) -> None:
     # Here, because most commands print no table.
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -138,4 +147,4 @@ def _print_rich(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> No
     for row in rows:
         cells = [cell(name, row.get(name)) for name in columns]
         table.add_row(*(Text(text, _COLOURS.get(text.partition(":")[0], "")) for text in cells))
-    Console(highlight=False).print(table)
+    Console(highlight=False, width=screen.columns, height=screen.lines).print(table)

@@ -6,10 +6,12 @@ Everything that an operator does from elsewhere goes through the API: `api.py`.
 # Nothing here may import prometheus_client before `serve` has set its directory: what does is
 # imported where it is used.
 import asyncio
+import errno
 import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -18,6 +20,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn, TypeVar
+from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 import click
@@ -25,12 +28,31 @@ import structlog
 
 from keys.envelope import EnvelopeError, KeyEncryptionKeys, new_kek_line
 from keys.secret import Secret
-from service.authority.errors import AdminRefusal, StartRefused, StoreUnavailable
+from service.authority.errors import AdminRefusal, Conflict, StartRefused, StoreUnavailable
 from service.logging import configure_logging
 from service.settings import Settings, SettingsError, warnings
 from service.store.database import MIGRATING, check_server, connect, sqlstate
 from service.store.embedded import EmbeddedPostgres, find_running
 from service.store.migrate import MigrationRefused, migrate, require_schema
+
+# PostgreSQL, appendix A.
+_POSTGRES_REFUSALS: Final = {
+    "28P01": "Postgres refuses role or password. Correct those in PRIVYSEAL_DATABASE_URL.",
+    "28000": "Postgres refuses this role from here (pg_hba.conf). Correct PRIVYSEAL_DATABASE_URL.",
+    "3D000": "Postgres has no such database. Correct PRIVYSEAL_DATABASE_URL, or make it: "
+    "deploy/postgres/roles.sql",
+    "42501": "Postgres does not let this role do that: `privyseal migrate` is for the owner of the "
+    "schema (privyseal_owner), everything else for privyseal_service.",
+}
+_FAILURES: Final = (
+    AdminRefusal,
+    StartRefused,
+    MigrationRefused,
+    EnvelopeError,
+    StoreUnavailable,
+    asyncpg.PostgresError,
+)
+_POSTGRES_PORT: Final = 5432
 
 GRACEFUL_SHUTDOWN: Final = 30
 KEEP_ALIVE: Final = 65
@@ -59,15 +81,18 @@ def serve(host: str, port: int, workers: int) -> None:
     """
     settings = _settings()
     configure_logging(settings.log_level)
-    _prepare_metrics(settings.data_dir)
+    _require_free(host, port)
     for warning in warnings(settings):
         log.warning("weak_setting", detail=warning)
     embedded = None
     if settings.database_url is None:
         embedded = EmbeddedPostgres(settings.data_dir, bin_dir=settings.pg_bin)
         running = _refusing(embedded.start)
-        _make_kek(settings.kek_path)
+        if settings.kek_file is None:
+            _make_kek(settings.kek_path)
         _run(_migrated(running.owner_dsn))
+    # Not earlier: a second server on this DATA_DIR was refused above.
+    _prepare_metrics(settings.data_dir)
     _run(_preflight(settings))
     # uvicorn raises the signal that stopped it once more: it must end this command, not kill it.
     signal.signal(signal.SIGTERM, _end)
@@ -78,6 +103,18 @@ def serve(host: str, port: int, workers: int) -> None:
         # A courtesy: the embedded server ends by itself, less gently, when this process is gone.
         if embedded is not None:
             embedded.stop()
+
+
+def _require_free(host: str, port: int) -> None:
+    """Refuse in words what uvicorn would find out only after everything else has started."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as attempt:
+        attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            attempt.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                _refuse(f"Port {port} on {host} is taken. Choose another: --port")
+            _refuse(f"Cannot listen on port {port} of {host}: {error.strerror}.")
 
 
 def _end(_: int, __: FrameType | None) -> NoReturn:
@@ -94,7 +131,7 @@ def _serve(host: str, port: int, workers: int) -> None:
         port=port,
         workers=workers,
         loop="uvloop",
-        http="httptools",
+        http="service.http.protocol:BoundedProtocol",
         lifespan="on",
         access_log=False,  # it prints queries
         log_config=None,
@@ -112,7 +149,7 @@ def migrate_command() -> None:
     PRIVYSEAL_DATABASE_URL names the owner of the schema (privyseal_owner). Servers of the
     release before go on working.
     """
-    settings = _settings()
+    settings = _command_settings()
     if settings.database_url is not None:
         names = _run(_migrated(settings.database_url))
     elif (running := find_running(settings.data_dir)) is not None:
@@ -135,11 +172,12 @@ def bootstrap(name: str, as_json: bool, recover: bool, reason: str) -> None:
     """
     if recover and not reason.strip():
         raise click.UsageError("--recover needs --reason: it goes on record.")
-    settings = _settings()
+    settings = _command_settings()
     client_id, secret = _run(_bootstrapped(settings, name, recover, reason.strip()))
     if as_json:
         click.echo(json.dumps({"client_id": client_id, "client_secret": secret.reveal()}))
         return
+    click.echo(f"export PRIVYSEAL_URL={settings.issuer}")
     click.echo(f"export PRIVYSEAL_CLIENT_ID={client_id}")
     click.echo(f"export PRIVYSEAL_CLIENT_SECRET={secret.reveal()}")
     click.echo("The secret is shown this once. Try: privyseal service-users list", err=True)
@@ -147,31 +185,41 @@ def bootstrap(name: str, as_json: bool, recover: bool, reason: str) -> None:
 
 def rewrap() -> None:
     """Seal every signing key under the first key of KEK_FILE: `privyseal keys rewrap`."""
-    settings = _settings()
-    _run(_rewrapped(settings))
+    _run(_rewrapped(_command_settings()))
 
 
 @click.command()
 def doctor() -> None:
-    """Check settings, database, keys and clock, and say what to change.
+    """Check settings, database, clock and keys, and say what to change.
 
     Exits with 0 if everything is well and with 1 if anything is not.
     """
-    settings = _settings()
+    settings = _command_settings()
     failed = False
     for name, check in _CHECKS.items():
+        if failed:
+            _show_row("skip", "yellow", name, "needs what failed above")
+            continue
         try:
-            found, well = asyncio.run(check(settings)), True
-        except (StartRefused, StoreUnavailable, EnvelopeError, OSError) as error:
-            found, well = str(error) or type(error).__name__, False
-        except asyncpg.PostgresError as error:
-            found, well = f"Postgres refused: {type(error).__name__}", False
-        failed = failed or not well
-        mark = click.style("ok  ", fg="green") if well else click.style("FAIL", fg="red")
-        click.echo(f"{mark}  {name:<11} {found.replace(chr(10), chr(10) + ' ' * 18)}")
+            _show_row("ok", "green", name, asyncio.run(check(settings)))
+        except _FAILURES as error:
+            failed = True
+            _show_row("FAIL", "red", name, _in_words(error))
     for warning in warnings(settings):
-        click.echo(f"{click.style('weak', fg='yellow')}  settings    {warning}")
+        _show_row("weak", "yellow", "settings", warning)
     sys.exit(failed)
+
+
+def _show_row(mark: str, colour: str, name: str, found: str) -> None:
+    indented = found.replace("\n", "\n" + " " * 18)
+    click.echo(f"{click.style(f'{mark:<4}', fg=colour)}  {name:<11} {indented}")
+
+
+def _command_settings() -> Settings:
+    """Return the settings of a command that ends; what goes wrong is its last word, not a log."""
+    settings = _settings()
+    configure_logging("error")
+    return settings
 
 
 def _settings() -> Settings:
@@ -204,6 +252,8 @@ def _make_kek(path: Path) -> None:
         os.link(file.name, path)
     except FileExistsError:
         pass
+    else:
+        log.info("kek_made", path=str(path))
     finally:
         os.unlink(file.name)
 
@@ -245,8 +295,25 @@ async def _check_settings(settings: Settings) -> str:
 
 
 async def _check_server(settings: Settings) -> str:
-    await check_server(_dsn(settings))
+    dsn = _dsn(settings)
+    try:
+        await check_server(dsn)
+    except StoreUnavailable as error:
+        raise StartRefused(
+            f"No answer at {_hosts(dsn)} ({error}). Start Postgres, or correct "
+            "PRIVYSEAL_DATABASE_URL."
+        ) from None
     return "durable, NOTIFY arrives, the role cannot change the audit log"
+
+
+def _hosts(dsn: Secret) -> str:
+    """Return host and port of each server, and nothing else of the URL."""
+    url = urlsplit(dsn.reveal())
+    hosts = url.netloc.rpartition("@")[2] or ",".join(parse_qs(url.query).get("host", ()))
+    return ", ".join(
+        host if host.rpartition(":")[2].isdigit() else f"{host}:{_POSTGRES_PORT}"
+        for host in hosts.split(",")
+    )
 
 
 async def _check_schema(settings: Settings) -> str:
@@ -293,10 +360,11 @@ async def _check_clock(settings: Settings) -> str:
 _CHECKS: Final[dict[str, Callable[[Settings], Coroutine[Any, Any, str]]]] = {
     "settings": _check_settings,
     "postgres": _check_server,
+    "clock": _check_clock,
     "schema": _check_schema,
     "keys": _check_keys,
-    "clock": _check_clock,
 }
+"""In this order each relies on those before it."""
 
 
 async def _migrated(owner_dsn: Secret) -> list[str]:
@@ -317,10 +385,10 @@ async def _bootstrapped(
     async with _connection(settings) as connection:
         await require_schema(connection)
         now = await connection.fetchval("SELECT extract(epoch FROM clock_timestamp())::float8")
-    user, credential, secret, records = first_operator(name, settings.api_audience, now, reason)
+    user, credential, secret, record = first_operator(name, settings.api_audience, now, reason)
     async with Database(_dsn(settings), application_name="privyseal bootstrap") as database:
         users = ServiceUsers(database, clock_skew=settings.clock_skew)
-        if not await users.bootstrap(user, credential, records, force=recover):
+        if not await users.bootstrap(user, credential, record, force=recover):
             raise StartRefused(
                 "An operator with service-users:write lives already. Ask them, or use "
                 "--recover --reason if none can be found."
@@ -341,12 +409,16 @@ async def _rewrapped(settings: Settings) -> None:
             for each in await store.published_keys()
             if each.sealed_private is not None
         ]
+        changed = False
         for number, (kid, before) in enumerate(sealed, start=1):
             state = "is under the first key already"
             if not keks.seals(before):
                 done = await store.reseal(kid, before, reseal(kid, before, keks))
-                state = "rewrapped" if done else "changed meanwhile: run this again"
+                state = "rewrapped" if done else "changed meanwhile"
+                changed = changed or not done
             click.echo(f"{number} of {len(sealed)}  {kid}  {state}")
+    if changed:
+        raise Conflict("A key changed meanwhile: run this again before the old key goes.")
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
@@ -357,14 +429,19 @@ def _refusing(act: Callable[[], T]) -> T:
     """Do it, or say in words why not and exit with 1."""
     try:
         return act()
-    except AdminRefusal as refusal:
-        _refuse(refusal.detail)
-    except (StartRefused, MigrationRefused, EnvelopeError) as refusal:
-        _refuse(str(refusal))
-    except StoreUnavailable as error:
-        _refuse(f"Postgres does not answer ({error}). Is it running, and is the URL right?")
-    except asyncpg.PostgresError as error:
-        _refuse(f"Postgres refused: {type(error).__name__} (SQLSTATE {sqlstate(error)}).")
+    except _FAILURES as failure:
+        _refuse(_in_words(failure))
+
+
+def _in_words(failure: Exception) -> str:
+    if isinstance(failure, AdminRefusal):
+        return failure.detail
+    if isinstance(failure, StoreUnavailable):
+        return f"Postgres does not answer ({failure}). Is it running, and is the URL right?"
+    if state := sqlstate(failure):
+        unexpected = f"Postgres refused: {type(failure).__name__} (SQLSTATE {state})."
+        return _POSTGRES_REFUSALS.get(state, unexpected)
+    return str(failure)
 
 
 def _refuse(reason: str) -> NoReturn:

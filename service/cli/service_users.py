@@ -35,8 +35,12 @@ def service_users() -> None:
 
 
 @service_users.command()
-@click.option("--name", required=True, help="Unique: lower case, digits, dot, dash, underscore.")
-@click.option("--source-system", required=True, help="The system that it belongs to, as in vkyc.")
+@click.option("--name", required=True, help="Unique: lower case, digits, dot, dash.")
+@click.option(
+    "--source-system",
+    required=True,
+    help="The system that it belongs to, as in vkyc: lower case, digits, underscore.",
+)
 @click.option("--owner", help="Who answers for it.")
 @click.option("--contact", help="Whom to call when it misbehaves or its credential ends.")
 @click.option("--description", help="What it is for.")
@@ -200,8 +204,9 @@ def _what_breaks(user: Json, credentials: Sequence[Json], *, is_caller: bool) ->
     consequences = [
         f"{user['name']} ({user['id']}, source system {user['source_system']}) will get no token "
         f"any more. Live credentials that stop working: {live}.",
-        "Tokens that it has stay accepted until they end (token_lifetime: "
-        f"{user['token_lifetime']} s); what runs as it stands still after that.",
+        "Tokens that it has stay accepted to their end (token_lifetime: "
+        f"{user['token_lifetime']} s), and up to CLOCK_SKEW (60 s) longer where a verifier's clock "
+        "allows it; what runs as it stands still after that.",
         f"Owner: {printable(user['owner']) or 'not named'}. "
         f"Contact: {printable(user['contact']) or 'not named'}.",
     ]

@@ -3,16 +3,48 @@
 The private halves never leave the authority.
 """
 
+import re
+import shutil
 from importlib import import_module
+from typing import Final
 from urllib.parse import quote as quoted
 
 import click
 
 from service.cli.arguments import authority, confirm, json_option, yes_option
-from service.cli.render import print_fields, print_json, print_table, printable
+from service.cli.render import Json, moment, print_fields, print_json, print_table, printable
+
+# RFC 7638: SHA-256 in base64url. So one kid in 64 begins with a dash: a command without one-letter
+# options can take it for an argument all the same, and `_kid` refuses what was meant as an option.
+_KID: Final = re.compile("[A-Za-z0-9_-]{43}")
+_KID_MAY_BEGIN_WITH_A_DASH: Final = {
+    "ignore_unknown_options": True,
+    "help_option_names": ["--help"],
+}
+
+
+def _kid(ctx: click.Context, _: click.Parameter, value: str | None) -> str | None:
+    if value is None or _KID.fullmatch(value):
+        return value
+    if value.startswith("-"):
+        raise click.NoSuchOption(value, ctx=ctx)
+    raise click.BadParameter(
+        f"{value!r} is no kid: expected 43 letters, digits, _ or -, as `privyseal keys list` "
+        "shows it."
+    )
+
+
+def _reason(_: click.Context, __: click.Parameter, value: str) -> str:
+    if not 3 <= len(value) <= 200:
+        raise click.BadParameter(f"expected 3 to 200 characters, found {len(value)}.")
+    return value
+
 
 reason_option = click.option(
-    "--reason", required=True, help="Why: 3 to 200 characters; it goes on record."
+    "--reason",
+    required=True,
+    callback=_reason,
+    help="Why: 3 to 200 characters; it goes on record.",
 )
 
 
@@ -32,14 +64,14 @@ def list_(as_json: bool) -> None:
         return
     print_table(
         found,
-        ("kid", "state", "activated_at"),
-        wide=("may_sign_from", "rotate_at", "publish_until"),
+        ("kid", "state", "rotate_at"),
+        wide=("may_sign_from", "publish_until"),
         nothing="No signing key is published yet.",
     )
 
 
-@keys.command()
-@click.argument("kid")
+@keys.command(context_settings=_KID_MAY_BEGIN_WITH_A_DASH)
+@click.argument("kid", callback=_kid)
 @json_option
 def show(kid: str, as_json: bool) -> None:
     """Show one published signing key."""
@@ -70,12 +102,13 @@ def rotate(reason: str, as_json: bool) -> None:
         rotation = api.post("/signing-keys/rotate", {"reason": reason}, repeatable=True)
     if as_json:
         print_json(rotation)
-    else:
-        print_fields(rotation)
+        return
+    print_fields(rotation)
+    click.echo("\nThe next key takes over within seconds of that time, by itself.", err=True)
 
 
-@keys.command()
-@click.argument("kid", required=False)
+@keys.command(context_settings=_KID_MAY_BEGIN_WITH_A_DASH)
+@click.argument("kid", required=False, callback=_kid)
 @click.option("--all", "every", is_flag=True, help="Every published key; two new ones take over.")
 @reason_option
 @yes_option
@@ -89,10 +122,11 @@ def revoke(kid: str | None, every: bool, reason: str, yes: bool, as_json: bool) 
 
     \b
     A leaked key-encryption key, database or host needs more, in this order:
-      1. put a new key-encryption key first in KEK_FILE, and restart
+      1. put a new key-encryption key first in KEK_FILE, wherever the authority runs
       2. privyseal keys revoke --all --reason "..."
       3. privyseal keys rewrap
-      4. take the old key-encryption key out, and restart
+      4. take the old key-encryption key out
+    Servers read the file anew by themselves.
     """
     if (kid is None) != every:
         raise click.UsageError("Give one KID, or --all.")
@@ -102,22 +136,46 @@ def revoke(kid: str | None, every: bool, reason: str, yes: bool, as_json: bool) 
                 f"{'Every published key' if every else printable(str(kid))} is revoked for good: "
                 "tokens that it signed are worth nothing once verifiers read the keys again."
             )
-        path = "/signing-keys/revoke-all" if every else f"/signing-keys/{quoted(str(kid))}/revoke"
+        path = (
+            "/signing-keys/revoke-all"
+            if every
+            else f"/signing-keys/{quoted(str(kid), safe='')}/revoke"
+        )
         revocation = api.post(path, {"reason": reason})
     if as_json:
         print_json(revocation)
         return
-    holders = revocation.pop("holders")
-    advice = revocation.pop("advice")
-    print_fields(revocation)
-    click.echo()
-    print_table(
-        holders,
-        ("service_user", "count", "last_ends_at"),
-        nothing="Nobody holds a live token of it.",
+    for revoked in revocation["revoked_kids"]:
+        click.echo(f"{revoked} is revoked.")
+    signing = revocation["signing_kid"]
+    click.echo(f"{signing} signs." if signing else "No key signs: look at `privyseal doctor`.")
+    fetching, offline = (
+        moment(revocation[name]) for name in ("old_accepted_until", "old_accepted_offline_until")
     )
-    if advice:
-        click.echo(f"\n{advice}", err=True)
+    _explain(
+        "Verifiers may accept tokens of a revoked key, and refuse those of a key that is new to "
+        f"them, until they read the keys again: by {fetching}; those that cannot reach the "
+        f"authority, by {offline}."
+    )
+    _print_holders(revocation["holders"])
+    if revocation["advice"]:
+        _explain(revocation["advice"])
+
+
+def _print_holders(holders: list[Json] | None) -> None:
+    if holders is None:
+        _explain("Who holds live tokens of it could not be read just now; the revocation is done.")
+    elif not holders:
+        _explain("Nobody holds a live token of a revoked key.")
+    else:
+        _explain("These hold live tokens of a revoked key, and have to exchange again:")
+        click.echo()
+        print_table(holders, ("service_user", "count", "last_ends_at"), nothing="")
+
+
+def _explain(text: str) -> None:
+    columns = shutil.get_terminal_size().columns
+    click.echo(f"\n{click.wrap_text(printable(text), columns)}", err=True)
 
 
 @keys.command()

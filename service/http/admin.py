@@ -3,6 +3,7 @@
 Carries requests to the rules and answers back; holds no rule itself.
 """
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from datetime import datetime
@@ -26,8 +27,8 @@ from service.authority.audit import Action, AuditRecord, Outcome, new_record_id,
 from service.authority.errors import Unauthenticated
 from service.authority.issuer import TokenIssuer
 from service.authority.model import (
-    CLIENT_ID,
     CREDENTIAL_ID,
+    KID,
     NAME,
     SCOPE,
     SERVICE_USER_ID,
@@ -46,6 +47,7 @@ from service.http.errors import NO_STORE, Refused, invalid_body
 AnyRequest = Request[Any, Any, Any]
 
 MAX_BODY: Final = 65_536
+BODY_DEADLINE: Final = 10.0
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _ETAG_FORM: Final = 'expected If-Match: "<version>", as the ETag of the service user has it'
 
@@ -80,9 +82,9 @@ class ServiceUserBody(Struct, frozen=True, kw_only=True):
 
 
 class ChangedServiceUser(ServiceUserBody, frozen=True, kw_only=True):
-    """A service user after a change, and the tokens that the change cannot take back."""
+    """A service user after a change, and the tokens that this cannot take back (null: unknown)."""
 
-    live_tokens: LiveTokens
+    live_tokens: LiveTokens | None
 
 
 class ServiceUserPage(Struct, frozen=True, kw_only=True):
@@ -113,9 +115,9 @@ class CreatedCredential(CredentialBody, frozen=True, kw_only=True):
 
 
 class RevokedCredential(CredentialBody, frozen=True, kw_only=True):
-    """A revoked credential, and the tokens that the revocation cannot take back."""
+    """A revoked credential, and the tokens that this cannot take back (null: unknown)."""
 
-    live_tokens: LiveTokens
+    live_tokens: LiveTokens | None
 
 
 class CredentialList(Struct, frozen=True, kw_only=True):
@@ -381,7 +383,12 @@ async def check_form(request: AnyRequest) -> None:
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Expected Content-Type: application/json.")
     try:
-        body = json_object(await request.body())
+        async with asyncio.timeout(BODY_DEADLINE):
+            body = json_object(await request.body())
+    except TimeoutError:
+        raise Refused(
+            HTTPStatus.REQUEST_TIMEOUT, f"The body did not arrive within {BODY_DEADLINE:.0f} s."
+        ) from None
     except ValueError as error:
         raise Refused(HTTPStatus.BAD_REQUEST, f"The body is no JSON object: {error}.") from None
     if any(_CONTROL.search(text) for text in _strings(body)):
@@ -395,13 +402,16 @@ async def check_form(request: AnyRequest) -> None:
 def refusal_record(scope: Mapping[str, Any], now: float) -> AuditRecord:
     """Return the record of a refused administrative request."""
     operator: Operator | None = noted(scope, "operator")  # type: ignore[arg-type]
-    service_user_id = scope.get("path_params", {}).get("service_user_id", "")
+    path = scope.get("path_params", {})
+    service_user_id = path.get("service_user_id", "")
     return AuditRecord(
         id=new_record_id(now),
         action=scope["route_handler"].opt["action"],
         outcome=Outcome.REFUSED,
         reason=noted(scope, "refused"),  # type: ignore[arg-type]
-        service_user_id=service_user_id if CLIENT_ID.fullmatch(str(service_user_id)) else None,
+        service_user_id=_if_formed(SERVICE_USER_ID, service_user_id),
+        credential_id=_if_formed(CREDENTIAL_ID, path.get("credential_id")),
+        kid=_if_formed(KID, path.get("kid")),
         actor_id=operator.service_user.id if operator else None,
         actor=operator.service_user.name if operator else None,
         actor_credential_id=operator.credential_id if operator else None,
@@ -433,6 +443,11 @@ def _strings(value: JSON) -> Iterator[str]:
                 yield from _strings(member)
         case _:
             pass
+
+
+def _if_formed(pattern: str, value: object) -> str | None:
+    # What has not the form of an id may be a secret that was put into the wrong place.
+    return value if isinstance(value, str) and re.fullmatch(pattern, value) else None
 
 
 def _if_match(request: AnyRequest) -> int:

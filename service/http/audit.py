@@ -3,7 +3,7 @@
 Writes nothing into it, but for the refusals that every admin route leaves.
 """
 
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from http import HTTPStatus
 from typing import Annotated
@@ -77,13 +77,7 @@ class AuditRecordController(Controller):
     ) -> RecordPage:
         """Query the log; every filter that is given must hold. Times need their offset."""
         operator.require(AdminScope.AUDIT_READ)
-        for name, at in (("since", since), ("until", until)):
-            # The framework takes a number for a time, too.
-            if at is not None and (at.tzinfo is None or ":" not in request.query_params[name]):
-                raise Refused(
-                    HTTPStatus.BAD_REQUEST,
-                    f"Expected {name} as a time with its offset, such as 2027-01-31T12:00:00Z.",
-                )
+        since, until = _in_utc(request, "since", since), _in_utc(request, "until", until)
         wanted = RecordFilter(
             service_user=service_user,
             source_system=source_system,
@@ -107,3 +101,18 @@ class AuditRecordController(Controller):
             records=list(found),
             next_cursor=None if at_end else found[-1].cursor if found else cursor,
         )
+
+
+def _in_utc(request: AnyRequest, name: str, at: datetime | None) -> datetime | None:
+    if at is None:
+        return None
+    try:
+        # The framework takes a number for a time, too.
+        if at.tzinfo is None or ":" not in request.query_params[name]:
+            raise ValueError
+        return at.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise Refused(
+            HTTPStatus.BAD_REQUEST,
+            f"Expected {name} as a time with its offset, such as 2027-01-31T12:00:00Z.",
+        ) from None

@@ -14,6 +14,7 @@ import structlog
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, ValidationException
 
+from keys.envelope import EnvelopeError
 from keys.verifier.jwt import describable
 from service.authority.errors import (
     AdminRefusal,
@@ -192,9 +193,21 @@ def unexpected(request: AnyRequest, error: Exception) -> Response[bytes]:
     )
 
 
+def keks_unreadable(request: AnyRequest, error: EnvelopeError) -> Response[bytes]:
+    """Answer an act that needs the key-encryption keys while they cannot be read."""
+    log.error("keks_unreadable", error=str(error), request_id=origin_of(request.scope).request_id)
+    return problem(
+        request,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "The key-encryption keys cannot be read on the server: nothing was changed. Its log says "
+        "what to do.",
+    )
+
+
 EXCEPTION_HANDLERS: Final[dict[type[Exception], Callable[[AnyRequest, Any], Response[bytes]]]] = {
     AdminRefusal: admin_refusal,
     OAuthError: mint_refusal,
+    EnvelopeError: keks_unreadable,
     StoreUnavailable: store_unavailable,
     AuditUnavailable: store_unavailable,
     TemporarilyUnavailable: store_unavailable,

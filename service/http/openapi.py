@@ -28,16 +28,14 @@ from litestar.openapi.spec import (
     Server,
 )
 from litestar.openapi.spec.enums import OpenAPIType
+from litestar.routes import HTTPRoute
 
-from service.authority.administration import NewCredential, NewServiceUser, ServiceUserChange
 from service.authority.model import AdminScope
 from service.http import token, well_known
-from service.http.admin import NewToken
 
 VERSION: Final = "0.1.0"
 
 _STRING: Final = Schema(type=OpenAPIType.STRING)
-_BODIES: Final = (NewServiceUser, ServiceUserChange, NewCredential, NewToken)
 _IF_MATCH: Final = Parameter(
     name="If-Match",
     param_in="header",
@@ -92,8 +90,15 @@ def complete(app: Litestar) -> None:
     schema = app.openapi_schema
     assert schema.paths is not None
     # Litestar's own schemas leave out what is inside a list, and that other members are refused.
-    _, bodies = msgspec.json.schema_components(_BODIES, ref_template="#/components/schemas/{name}")
-    schema.components.schemas.update(cast("dict[str, Schema]", bodies), Problem=_PROBLEM)
+    bodies = {
+        handler.parsed_fn_signature.parameters["data"].annotation
+        for route in app.routes
+        if isinstance(route, HTTPRoute)
+        for handler in route.route_handlers
+        if "data" in handler.parsed_fn_signature.parameters
+    }
+    _, schemas = msgspec.json.schema_components(bodies, ref_template="#/components/schemas/{name}")
+    schema.components.schemas.update(cast("dict[str, Schema]", schemas), Problem=_PROBLEM)
     for path, item in schema.paths.items():
         if path.startswith("/api/v1"):
             for operation in (item.get, item.post, item.patch):
@@ -163,7 +168,6 @@ def _oauth_error(codes: list[str]) -> Schema:
 
 _REQUEST_ERRORS: Final = [
     "invalid_request",
-    "unauthorized_client",
     "unsupported_grant_type",
     "invalid_scope",
     "invalid_target",

@@ -7,7 +7,6 @@ import asyncio
 import base64
 import binascii
 import re
-import time
 from collections.abc import Mapping
 from datetime import UTC
 from http import HTTPStatus
@@ -15,6 +14,7 @@ from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
 import msgspec
+import structlog
 from litestar import asgi
 from litestar.handlers import ASGIRouteHandler
 from litestar.types import Receive, Scope, Send
@@ -42,6 +42,9 @@ _SCOPE: Final = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+( [\x21\x23-\x5b\x5d-\x7e]
 _ABSOLUTE_URI: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:[!$&-;=?-Z_a-z~%\[\]]+")
 
 
+log = structlog.stdlib.get_logger()
+
+
 class Malformed(OAuthError):
     """A request that cannot be read as RFC 6749 §4.4.2 has it."""
 
@@ -66,9 +69,8 @@ def token_endpoint(issuer: TokenIssuer) -> ASGIRouteHandler:
         elif method != "POST":
             await _send(send, HTTPStatus.METHOD_NOT_ALLOWED, _ALLOW, b"")
         else:
-            started = time.perf_counter()
-            await _answer(issuer, scope, receive, send)
-            metrics.token_seconds.observe(time.perf_counter() - started)
+            with metrics.token_seconds.time():
+                await _answer(issuer, scope, receive, send)
 
     return token
 
@@ -83,7 +85,8 @@ async def _answer(issuer: TokenIssuer, scope: Scope, receive: Receive, send: Sen
         outcome = error.code.value
         if isinstance(error, Malformed) and error.status is not None:
             status = error.status
-    except TemporarilyUnavailable:
+    except TemporarilyUnavailable as error:
+        log.info("token_unavailable", reason=str(error), request_id=origin.request_id)
         status, headers, body = unavailable()
         outcome = "unavailable"
     else:

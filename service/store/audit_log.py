@@ -23,7 +23,14 @@ from service.authority.audit import (
 from service.authority.clock import DatabaseClock
 from service.authority.errors import StoreUnavailable
 from service.authority.operators import Issuance
-from service.store.database import Database, Deadlines, connect, loss_as_unavailable, sqlstate
+from service.store.database import (
+    Connection,
+    Database,
+    Deadlines,
+    connect,
+    loss_as_unavailable,
+    sqlstate,
+)
 from service.store.service_users import SELECT_SUBJECT, as_json, subject
 
 COMMIT_RECORDS = "SELECT recorded, extract(epoch FROM at)::float8 FROM commit_records_1($1, $2)"
@@ -65,7 +72,7 @@ _CONDITIONS: Final = {
 _TYPES: Final = {"jti": "uuid", "since": "timestamptz", "until": "timestamptz"}
 
 
-# Below the deadline of who waits for the record: what comes too late shall not be written.
+# Below the deadline of who waits for the record: what comes too late should not be written.
 WRITING = Deadlines(lock=1.5, statement=1.5 + 0.25, command=APPEND_DEADLINE)
 
 log = structlog.stdlib.get_logger()
@@ -91,20 +98,25 @@ class PostgresRecordWriter:
         connection = await connect(
             self._dsn, application_name="privyseal audit writer", deadlines=WRITING
         )
+        try:
+            await self._learn_time(connection)
+        except BaseException:
+            connection.terminate()
+            raise
         connection.add_termination_listener(lambda _: on_lost())
         connection.add_log_listener(self._on_notice)
+        self._connection = connection
+
+    async def _learn_time(self, connection: "Connection") -> None:
         sent = self._clock.wall()
         with loss_as_unavailable():
             at = await connection.fetchval(SELECT_TIME)
         self._clock.observe(at, sent=sent, received=self._clock.wall())
         if abs(self._clock.offset) > self._clock_skew:
             log.warning("clock_is_off", offset_s=round(self._clock.offset, 1))
-        self._connection = connection
-        metrics.store_connected.set(1)
 
     async def close(self) -> None:
         """Drop the connection, whatever state it is in."""
-        metrics.store_connected.set(0)
         if self._connection is not None:
             self._connection.terminate()
             self._connection = None

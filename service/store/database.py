@@ -88,7 +88,8 @@ def loss_as_unavailable() -> Generator[None, None, None]:
         if not is_unavailability(error):
             raise
         kind, state = type(error).__name__, sqlstate(error)
-        _log.warning("store_unavailable", error=kind, sqlstate=state)
+        # Whoever keeps trying says once that it is lost, and once that it is back.
+        _log.debug("store_unavailable", error=kind, sqlstate=state)
         raise StoreUnavailable(f"{kind} {state}" if state else kind) from None
 
 
@@ -174,6 +175,27 @@ class Database:
             _log.warning("connection_dropped", error=type(error).__name__)
 
 
+async def fetch_durable(connection: Connection, call: str, *arguments: object) -> object:
+    """Return what a function that commits returned; raise `StoreUnavailable` for a WARNING with it.
+
+    A synchronous standby that did not confirm shows as no more than that.
+    """
+    warned = False
+
+    def on_notice(_: object, notice: object) -> None:
+        nonlocal warned
+        warned = warned or getattr(notice, "severity_en", None) == "WARNING"
+
+    connection.add_log_listener(on_notice)
+    try:
+        value = await connection.fetchval(call, *arguments)
+    finally:
+        connection.remove_log_listener(on_notice)
+    if warned:
+        raise StoreUnavailable("the commit came with a warning: it may not be durable")
+    return value
+
+
 async def check_server(dsn: Secret) -> None:
     """Raise `StartRefused` with every reason not to serve from this database, a line each.
 
@@ -229,20 +251,20 @@ async def _notify_problems(listener: Connection, sender: Connection) -> list[str
 
 
 # Membership, not inheritance: a role that may SET ROLE has the right too. The owner of a table's
-# schema may drop the table.
+# schema may drop the table. Every partition counts, under the name of the table that it is of.
 _SELECT_ROLE_PROBLEMS = """
 WITH RECURSIVE audited AS (
-    SELECT c.oid, c.relname, c.relowner, n.nspowner
+    SELECT c.oid, c.relname AS named, c.relowner, n.nspowner
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.oid IN (SELECT to_regclass(name) FROM unnest($1::text[]) AS name)
   UNION
-    SELECT c.oid, c.relname, c.relowner, n.nspowner
+    SELECT c.oid, a.named, c.relowner, n.nspowner
     FROM audited a
     JOIN pg_inherits i ON i.inhparent = a.oid
     JOIN pg_class c ON c.oid = i.inhrelid
     JOIN pg_namespace n ON n.oid = c.relnamespace
 )
-SELECT r.rolname AS role_name, string_agg(a.relname, ', ' ORDER BY a.relname) AS tables
+SELECT r.rolname AS role_name, string_agg(DISTINCT a.named, ', ') AS tables
 FROM audited a CROSS JOIN pg_roles r CROSS JOIN pg_roles me
 WHERE me.rolname = current_user
   AND (r.oid = me.oid OR NOT me.rolsuper AND pg_has_role(me.oid, r.oid, 'MEMBER'))
@@ -260,8 +282,8 @@ async def _role_problems(connection: Connection) -> list[str]:
     return [
         f"Role {me} "
         + (f"is a member of {row['role_name']}, which " if row["role_name"] != me else "")
-        + f"owns or may UPDATE, DELETE or TRUNCATE {row['tables']}: the audit log would not be "
-        "safe from it. Serve as privyseal_service."
+        + f"owns or may UPDATE, DELETE or TRUNCATE {row['tables']}, or a partition of it: the "
+        "audit log would not be safe from it. Serve as privyseal_service."
         for row in rows
     ]
 

@@ -466,7 +466,12 @@ def _initialize(cluster: Path, bin_dir: Path, user: _User) -> None:
         ],
         user,
     )
-    (staging / "pg_hba.conf").write_text("host all all 127.0.0.1/32 scram-sha-256\n")
+    # As that user: root must not write into a directory where somebody else can put a link.
+    _run(
+        ["/bin/dd", f"of={staging / 'pg_hba.conf'}", "status=none"],
+        user,
+        "host all all 127.0.0.1/32 scram-sha-256\n",
+    )
     _run(
         [
             *(str(bin_dir / "postgres"), "--single", "-D", str(staging)),

@@ -38,6 +38,7 @@ class ChangeListener:
         self._on_connect = on_connect
         self._on_service_user = on_service_user
         self._on_signing_keys = on_signing_keys
+        self._lost = False
 
     async def run(self) -> None:
         """Listen until cancelled; connect again by itself."""
@@ -45,7 +46,9 @@ class ChangeListener:
             try:
                 await self._listen()
             except StoreUnavailable as error:
-                log.warning("listener_disconnected", error=str(error))
+                if not self._lost:
+                    log.warning("listener_disconnected", error=str(error))
+                self._lost = True
             await asyncio.sleep(_RECONNECT)
 
     async def _listen(self) -> None:
@@ -65,14 +68,18 @@ class ChangeListener:
                 await connection.add_listener(SERVICE_USERS, service_user_changed)
                 await connection.add_listener(SIGNING_KEYS, signing_keys_changed)
                 await self._on_connect()
+                if self._lost:
+                    log.info("listener_connected_again")
+                self._lost = False
                 while not connection.is_closed():
                     try:
                         async with asyncio.timeout(_PING):
                             await rings_changed.wait()
-                        rings_changed.clear()
-                        await self._on_signing_keys()
                     except TimeoutError:
                         # A connection that died without a word says nothing for ever.
                         await connection.fetchval("SELECT 1", timeout=_PING_DEADLINE)
+                    else:
+                        rings_changed.clear()
+                        await self._on_signing_keys()
         finally:
             connection.terminate()

@@ -13,7 +13,7 @@ from service import metrics
 from service.authority.audit import AuditRecord
 from service.authority.errors import Conflict
 from service.authority.model import Credential, LiveTokens, ServiceUser, Status, Subject
-from service.store.database import Database, sqlstate
+from service.store.database import Database, fetch_durable, sqlstate
 
 _COLUMNS = """su.id, su.name, su.source_system, su.owner, su.contact, su.description, su.scopes,
     su.audiences, su.token_lifetime, su.status, su.version, su.created_at"""
@@ -22,6 +22,8 @@ SELECT_SUBJECT = f"""
 SELECT {_COLUMNS}, c.id AS credential_id, c.label, c.secret_sha256,
        c.created_at AS credential_created_at, c.expires_at, c.revoked_at
   FROM service_users su LEFT JOIN credentials c ON c.service_user_id = su.id
+   -- What ended long ago is a wrong secret like any other: it must not fill the memory.
+   AND coalesce(c.revoked_at, c.expires_at) > statement_timestamp() - interval '90 days'
  WHERE su.id = $1
 """  # noqa: S608
 
@@ -45,7 +47,7 @@ SELECT c.id, c.service_user_id, c.label, c.secret_sha256, c.created_at, c.expire
 
 SELECT_LIVE_TOKENS = """
 SELECT count(*) AS count, to_timestamp(max(exp)) AS last_ends_at FROM audit_records
- WHERE service_user_id = $1 AND exp > extract(epoch FROM clock_timestamp())
+ WHERE service_user_id = $1 AND exp > extract(epoch FROM statement_timestamp())::bigint
    AND ($2::text IS NULL OR credential_id = $2)
 """
 
@@ -119,7 +121,7 @@ class ServiceUsers:
         self,
         user: ServiceUser,
         credential: Credential,
-        records: Sequence[AuditRecord],
+        record: AuditRecord,
         *,
         force: bool,
     ) -> bool:
@@ -130,7 +132,7 @@ class ServiceUsers:
                     BOOTSTRAP,
                     as_json(user),
                     credential_as_json(credential),
-                    as_json(list(records)),
+                    as_json(record),
                     force,
                     self._clock_skew,
                 )
@@ -141,7 +143,8 @@ class ServiceUsers:
         """Run one fenced function: one statement, so that its COMMIT is Postgres' business."""
         try:
             async with self._database.connection() as connection:
-                return await connection.fetchval(call, what, as_json(record), self._clock_skew)
+                arguments = (what, as_json(record), self._clock_skew)
+                return await fetch_durable(connection, call, *arguments) is True
         except asyncpg.UniqueViolationError:
             raise Conflict("This name is taken.") from None
         except asyncpg.PostgresError as error:
@@ -172,10 +175,10 @@ class CachedDirectory:
             return Subject()
         metrics.directory_reads.labels("store").inc()
         subject = await self._users.fresh(client_id)
-        # Oldest out: random ids must not fill the memory.
-        while len(self._subjects) >= MAX_CACHED:
-            del self._subjects[next(iter(self._subjects))]
-        self._subjects[client_id] = subject
+        if subject.service_user is not None:  # random ids must not drive out those that are
+            while len(self._subjects) >= MAX_CACHED:
+                del self._subjects[next(iter(self._subjects))]
+            self._subjects[client_id] = subject
         return subject
 
     def forget(self, client_id: str) -> None:

@@ -18,7 +18,7 @@ from keys.keyring import KeyState, RotationPolicy, SigningKey
 from keys.signer import NewKey
 from service.authority.audit import AuditRecord
 from service.authority.key_rotation import StoredKey, TokenHolder
-from service.store.database import Database
+from service.store.database import Database, fetch_durable
 from service.store.service_users import as_json
 
 SELECT_PUBLISHED = """
@@ -32,16 +32,17 @@ ACTIVATE = "SELECT activate_key_1($1, $2, $3, $4, $5, $6, $7)"
 RETIRE = "SELECT retire_key_1($1, $2, $3)"
 HASTEN_ROTATION = "SELECT hasten_rotation_1($1, $2, $3)"
 REVOKE = "SELECT revoke_key_1($1, $2, $3, $4, $5, $6)"
-REVOKE_ALL = "SELECT revoke_all_keys_1($1, $2, $3, $4, $5, $6)"
+REVOKE_ALL = "SELECT revoke_all_keys_1($1, $2, $3, $4, $5, $6, $7)"
 RESEAL = "SELECT reseal_key_1($1, $2, $3)"
 
 SELECT_HOLDERS = """
 SELECT service_user_id, max(service_user) AS service_user, count(*) AS count,
        to_timestamp(max(exp)) AS last_ends_at
   FROM audit_records
- WHERE kid = ANY ($1::text[]) AND exp > extract(epoch FROM clock_timestamp())
-   -- No token lives longer than an hour: a scan of the newest ids finds them all.
-   AND id >= uuidv7_floor_1(clock_timestamp() - interval '65 minutes')
+ WHERE kid = ANY ($1::text[]) AND exp > extract(epoch FROM statement_timestamp())::bigint
+   -- No token lives longer than an hour: the newest ids are enough. The clock of the statement,
+   -- because one that moves could serve no index.
+   AND id >= uuidv7_floor_1(statement_timestamp() - interval '75 minutes')
  GROUP BY service_user_id ORDER BY service_user
 """
 
@@ -98,11 +99,18 @@ class SigningKeys:
         )
 
     async def revoke_all(
-        self, signing: NewKey, following: NewKey, policy: RotationPolicy, record: AuditRecord
+        self,
+        kids: Sequence[str],
+        signing: NewKey,
+        following: NewKey,
+        policy: RotationPolicy,
+        record: AuditRecord,
     ) -> bool:
-        """Revoke every published key; `signing` signs from now on, `following` is published."""
+        """Revoke every published key, if no other than `kids` is published; `signing` signs from
+        now on, `following` is the next one."""
         return await self._call(
             REVOKE_ALL,
+            list(kids),
             _as_row(signing),
             _as_row(following),
             policy.lifetime_cap,
@@ -123,7 +131,7 @@ class SigningKeys:
 
     async def _call(self, function: str, *arguments: object) -> bool:
         async with self._database.connection() as connection:
-            return await connection.fetchval(function, *arguments)
+            return await fetch_durable(connection, function, *arguments) is True
 
 
 def _as_row(key: NewKey) -> str:

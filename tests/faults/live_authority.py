@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -81,15 +81,18 @@ class LiveAuthority:
         if self._parent is None:
             return
         workers = self._workers()
-        self._parent.terminate()
         try:
+            self._parent.terminate()
             self._parent.wait(STOP_DEADLINE)
+        except psutil.NoSuchProcess:
+            pass  # it did not even start: why that is was said already
         except psutil.TimeoutExpired:
             self._parent.kill()
             self._parent.wait()
         self._parent = None
         for worker in psutil.wait_procs(workers, timeout=5)[1]:
-            worker.kill()
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
 
     def kill_parent(self) -> list[psutil.Process]:
         """SIGKILL the parent; return the workers that it leaves behind."""

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import AsyncExitStack
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import asyncpg
 import httpx
@@ -87,7 +87,7 @@ async def connect_client(
 
         def connected(**headers: str) -> httpx.AsyncClient:
             client = httpx.AsyncClient(
-                transport=httpx.ASGITransport(app=authority.asgi),
+                transport=httpx.ASGITransport(app=cast("Any", authority.asgi)),
                 base_url=settings.issuer,
                 headers=headers,
             )
@@ -233,11 +233,11 @@ async def _set_up(
         kid, policy = thumbprint(active.public_key()), rotation_policy(settings)
         assert await signing_keys.activate(kid, None, policy, _set_up_record())
         assert await signing_keys.prepare(_sealed(pending, keks), _set_up_record())
-        user, credential, secret, records = first_operator(
+        user, credential, secret, record = first_operator(
             "operator", settings.api_audience, time.time(), "tests"
         )
         users = ServiceUsers(store, clock_skew=settings.clock_skew)
-        assert await users.bootstrap(user, credential, records, force=False)
+        assert await users.bootstrap(user, credential, record, force=False)
     return user.id, secret.reveal()
 
 

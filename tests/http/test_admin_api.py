@@ -5,7 +5,6 @@ It must not try rights: `test_admin_rights.py` does.
 
 import asyncio
 import json
-import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
@@ -85,7 +84,7 @@ async def test_a_service_user_keeps_every_field_that_it_was_created_with(
     operator: httpx.AsyncClient,
 ) -> None:
     fields = {
-        "name": "doc.service_2-b",
+        "name": "doc.service-2-b",
         "source_system": "doc_service",
         "owner": "Dokumente \N{LATIN SMALL LETTER U WITH DIAERESIS}ber 'alles'; --",
         "contact": "<script>alert(1)</script>",
@@ -106,6 +105,7 @@ INVALID_USERS: dict[str, dict[str, object]] = {
     "empty name": {"name": ""},
     "upper case": {"name": "Vkyc"},
     "space": {"name": "vkyc prod"},
+    "underscore": {"name": "su_aaaaaaaaaaaaaaaaaaaaaaaa"},
     "long name": {"name": "v" * 64},
     "homoglyph": {"name": "vk\N{CYRILLIC SMALL LETTER U}c"},
     "number": {"name": 7},
@@ -567,7 +567,7 @@ async def test_a_mint_beyond_the_grant_or_for_the_disabled_is_refused(
     answer = await operator.post(url, json={})
     assert answer.status_code == 403
     assert "disabled" in problem(answer)["detail"]
-    logged = await records(8, action="token.mint", outcome="refused")
+    logged = await records(7, action="token.mint", outcome="refused")
     assert {record["actor"] for record in logged} == {"operator"}
 
 
@@ -658,10 +658,15 @@ async def test_signing_keys_are_listed_in_the_order_of_their_publication(
     assert [(key["state"], key["bits"]) for key in listed] == [("active", 2048), ("pending", 2048)]
     active, pending = listed
     assert active.keys() == {
-        *("kid", "state", "bits", "published_at", "activated_at", "rotate_at", "publish_until")
+        *("kid", "state", "bits", "published_at", "may_sign_from"),
+        *("activated_at", "rotate_at", "publish_until"),
     }
     assert at(active["rotate_at"]) - at(active["activated_at"]) == timedelta(days=30)
     assert (pending["activated_at"], pending["rotate_at"]) == (None, None)
+    lead = at(pending["may_sign_from"]) - at(pending["published_at"])
+    assert (active["may_sign_from"], lead) == (None, timedelta(days=1))
+    assert at(pending["may_sign_from"]) - at(pending["published_at"]) == timedelta(days=1)
+    assert active["may_sign_from"] is None
 
 
 async def test_each_filter_of_the_log_holds_and_all_hold_together(
@@ -816,15 +821,20 @@ async def test_a_refusal_is_on_record_before_it_is_answered_and_reads_are_not(
 async def test_what_is_asked_for_by_head_or_options_changes_nothing(
     operator: httpx.AsyncClient, client: httpx.AsyncClient, vkyc: Credential
 ) -> None:
-    started = time.perf_counter()
-    for method in ("HEAD", "OPTIONS"):
-        for path in (USERS, f"{USERS}/{vkyc[0]}/disable", LOG):
-            for caller in (operator, client):
-                answer = await caller.request(method, path)
-                assert answer.status_code in (204, 401, 405), (method, path)
-                assert answer.content == b"" or method != "HEAD"
+    allowed = {
+        USERS: "GET, OPTIONS, POST",
+        f"{USERS}/{vkyc[0]}": "GET, OPTIONS, PATCH",
+        f"{USERS}/{vkyc[0]}/credentials": "GET, OPTIONS, POST",
+        f"{USERS}/{vkyc[0]}/disable": "OPTIONS, POST",
+        LOG: "GET, OPTIONS",
+    }
+    for path, methods in allowed.items():
+        for caller in (operator, client):
+            assert (await caller.head(path)).status_code == 405
+        answer = await operator.options(path)
+        assert (answer.status_code, answer.headers["allow"]) == (204, methods)
+        assert (await client.options(path)).status_code == 401
     assert (await operator.get(f"{USERS}/{vkyc[0]}")).json()["status"] == "active"
-    assert time.perf_counter() - started < 10
 
 
 async def test_the_bearer_token_is_taken_from_one_authorization_header_only(

@@ -10,7 +10,7 @@ import hmac
 import json
 import socket
 import time
-from base64 import urlsafe_b64encode
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeAlias
 from uuid import UUID
@@ -59,7 +59,7 @@ def encode(data: bytes) -> str:
 
 def decoded(segment: str) -> bytes:
     """The bytes of a segment."""
-    return jwt.utils.base64url_decode(segment)
+    return urlsafe_b64decode(segment + "=" * (-len(segment) % 4))
 
 
 @pytest.fixture
@@ -337,10 +337,11 @@ async def test_j10_a_token_for_another_context_is_refused(
     forge: Forge, attempt: Try, rsa_keys: list[RSAPrivateKey], claims: dict[str, Any]
 ) -> None:
     audience = f"{ISSUER}/api/v1"
+    audiences: list[object] = [ISSUER, f"{audience}/", audience[:-1], "", [], None, ...]
     changes: list[dict[str, object]] = [
         *({"iss": iss} for iss in (f"{ISSUER}/", ISSUER[:-1], ISSUER.upper(), [ISSUER], None, ...)),
         *({"aud": [audience, *more]} for more in ([], ["http://127.0.0.1:8081"])),
-        *({"aud": aud} for aud in (ISSUER, f"{audience}/", audience[:-1], "", [], None, ...)),
+        *({"aud": aud} for aud in audiences),
         {"aud": f"{audience} http://127.0.0.1:8081"},
         *({"client_id": client_id} for client_id in ("su_other", "", None, ...)),
         *({"sub": sub} for sub in ("su_other", "", 7, ...)),

@@ -128,8 +128,6 @@ def privyseal(*arguments: str, url: str = "http://127.0.0.1:1", **variables: str
             "--scope replaces all",
         ),
         (("service-users", "create", "--name", "vkyc-prod"), "Missing option '--source-system'"),
-        (("service-users", "disable", "vkyc-prod"), "add --yes"),
-        (("credentials", "revoke", "vkyc-prod", "cr_" + "a" * 24), "add --yes"),
         (("credentials", "revoke", "vkyc-prod", "autumn", "--yes"), "no credential id"),
         (("credentials", "create", "x", "--label", "l", "--expires", "tomorrow"), "is no time"),
         (("credentials", "create", "x", "--label", "l", "--expires", "2027-02-30"), "is no time"),
@@ -138,6 +136,13 @@ def privyseal(*arguments: str, url: str = "http://127.0.0.1:1", **variables: str
             "with its offset",
         ),
         (("audit", "list", "--limit", "0"), "--limit"),
+        (("audit", "list", "--jti", "autumn"), "not a valid UUID"),
+        (("audit", "list", "--credential", "autumn"), "no credential id"),
+        (("keys", "show", "autumn"), "is no kid"),
+        (("keys", "show", KID, "--jsno"), "unexpected extra argument"),
+        (("keys", "revoke", "--al", "--reason", "leaked"), "No such option '--al'"),
+        (("keys", "revoke", "-y", "--reason", "leaked"), "No such option '-y'"),
+        (("keys", "revoke", KID, "--reason", "x"), "3 to 200 characters"),
         (("token", "--keep", "token", "--json"), "--keep prints nothing"),
     ],
 )
@@ -183,7 +188,7 @@ def test_nobody_listening_is_one_sentence_with_the_url_and_without_the_secret() 
     assert done.exit_code == 1
     assert done.stderr == (
         "Error: Nothing answers at http://127.0.0.1:1. Is the authority running (privyseal "
-        "serve), and is PRIVYSEAL_URL right?\n"
+        "serve), and is PRIVYSEAL_URL right? Where it is not set, it is http://127.0.0.1:8080.\n"
     )
     assert CLIENT_SECRET not in done.output
 
@@ -241,6 +246,26 @@ def test_a_revocation_is_repeated_after_503(stand_in: StandIn) -> None:
     done = privyseal("credentials", "revoke", CLIENT_ID, credential_id, "--yes", url=stand_in.url)
     assert done.exit_code == 0, done.stderr
     assert f"{credential_id} (ci) is revoked." in done.stdout
+
+
+@pytest.mark.parametrize("kid", ["-Cehy" + "j" * 38, "--all" + "j" * 38])
+def test_a_kid_may_begin_with_a_dash(stand_in: StandIn, kid: str) -> None:
+    stand_in.api_answers = [(200, {"signing_keys": [KEY | {"kid": kid}]}, {})]
+    assert f"{kid}\n" in privyseal("keys", "show", kid, url=stand_in.url).stdout
+    stand_in.api_answers = [(404, {"detail": "No such key."}, {})]
+    privyseal("keys", "revoke", kid, "--reason", "leaked", "--yes", url=stand_in.url)
+    assert stand_in.seen[-1] == f"POST /api/v1/signing-keys/{kid}/revoke"
+
+
+def test_a_revocation_whose_live_tokens_were_not_counted_is_done_all_the_same(
+    stand_in: StandIn,
+) -> None:
+    credential_id = "cr_" + "a" * 24
+    revoked = {"id": credential_id, "label": "ci", "live_tokens": None}
+    stand_in.api_answers = [(200, revoked, {})]
+    done = privyseal("credentials", "revoke", CLIENT_ID, credential_id, "--yes", url=stand_in.url)
+    assert done.exit_code == 0, done.stderr
+    assert "could not be counted" in done.stderr
 
 
 def test_no_secret_goes_to_an_authority_of_another_name(stand_in: StandIn) -> None:
@@ -341,7 +366,7 @@ def test_what_is_wrong_from_the_start_ends_keeping_at_once(
     ]
     done = privyseal("token", "--keep", str(tmp_path / "token"), url=stand_in.url)
     assert done.exit_code == 1
-    assert "Check PRIVYSEAL_CLIENT_ID and PRIVYSEAL_CLIENT_SECRET." in done.stderr
+    assert "that in PRIVYSEAL_CLIENT_ID and PRIVYSEAL_CLIENT_SECRET." in done.stderr
 
 
 def loaded_by(*arguments: str, url: str) -> set[str]:

@@ -532,7 +532,7 @@ async def test_t7_nobody_waits_for_a_body_that_is_being_refused(
             assert (await post(client, too_large)).status_code == 413
             await asyncio.sleep(0)  # as a socket would
 
-    others = [asyncio.create_task(flood())]
+    others: list[asyncio.Task[Any]] = [asyncio.create_task(flood())]
     others += [
         asyncio.create_task(client.post(URL, content=slow(), headers={"Content-Type": FORM}))
         for _ in range(20)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from email import message_from_string
 from email.message import Message
@@ -80,26 +80,14 @@ Curl = Callable[..., CurlAnswer]
 @pytest.fixture(scope="session")
 def authority() -> Generator[Authority, None, None]:
     """An authority with an embedded Postgres, for all tests of this folder."""
-    port = _free_port()
-    issuer = f"http://127.0.0.1:{port}"
-    with _data_dir("authority") as data_dir:
-        environ = {
-            **{name: value for name, value in os.environ.items() if "PRIVYSEAL_" not in name},
-            "PRIVYSEAL_ISSUER": issuer,
-            "PRIVYSEAL_DATA_DIR": str(data_dir),
-        }
-        privyseal = str(Path(sys.executable).with_name("privyseal"))
-        serve = (privyseal, "serve", "--port", str(port))
-        with _process(serve, environ, f"{issuer}/readyz", data_dir / "serve.log") as pid:
-            bootstrap = subprocess.run(
-                (privyseal, "bootstrap", "--json"),
-                env=environ,
-                capture_output=True,
-                text=True,
-                timeout=60,
-            )
-            assert bootstrap.returncode == 0, bootstrap.stderr
-            yield Authority(issuer=issuer, pid=pid, environ=environ, **json.loads(bootstrap.stdout))
+    with _authority() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def start_authority() -> Callable[..., AbstractContextManager[Authority]]:
+    """`start_authority(PRIVYSEAL_…=…)` runs one of your own, whose keys you may revoke."""
+    return _authority
 
 
 @pytest.fixture(scope="session")
@@ -208,6 +196,32 @@ def curl(skip_or_fail: Callable[[str], NoReturn]) -> Curl:
         )
 
     return run
+
+
+@contextmanager
+def _authority(**settings: str) -> Generator[Authority, None, None]:
+    """Run an authority, with its embedded Postgres and its first operator, until the block ends."""
+    port = _free_port()
+    issuer = f"http://127.0.0.1:{port}"
+    with _data_dir("authority") as data_dir:
+        environ = {
+            **{name: value for name, value in os.environ.items() if "PRIVYSEAL_" not in name},
+            "PRIVYSEAL_ISSUER": issuer,
+            "PRIVYSEAL_DATA_DIR": str(data_dir),
+            **settings,
+        }
+        privyseal = str(Path(sys.executable).with_name("privyseal"))
+        serve = (privyseal, "serve", "--port", str(port))
+        with _process(serve, environ, f"{issuer}/readyz", data_dir / "serve.log") as pid:
+            bootstrap = subprocess.run(
+                (privyseal, "bootstrap", "--json"),
+                env=environ,
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            assert bootstrap.returncode == 0, bootstrap.stderr
+            yield Authority(issuer=issuer, pid=pid, environ=environ, **json.loads(bootstrap.stdout))
 
 
 def _free_port() -> int:

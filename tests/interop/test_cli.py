@@ -7,6 +7,8 @@ import json
 import os
 import pty
 import re
+import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -149,7 +151,7 @@ def test_a_wrong_secret_ends_with_1_and_says_which_variables_to_check(
     wrong = credential["client_secret"][::-1][:49]
     done = Shell(authority, credential["client_id"], f"pvs_{wrong.replace('_', 'x')}")("token")
     assert done.exit_code == 1
-    assert "Check PRIVYSEAL_CLIENT_ID and PRIVYSEAL_CLIENT_SECRET." in done.stderr
+    assert "that in PRIVYSEAL_CLIENT_ID and PRIVYSEAL_CLIENT_SECRET." in done.stderr
     assert wrong not in done.stderr
 
 
@@ -214,7 +216,8 @@ def test_a_scope_that_is_not_there_cannot_be_removed(shell: Shell, name: str) ->
 def test_a_field_of_the_wrong_form_is_named_in_one_line(shell: Shell) -> None:
     done = shell("service-users", "create", "--name", "Bad Name", "--source-system", "vkyc")
     assert done.exit_code == 1
-    assert done.stderr.startswith("Error: /name: ")
+    assert done.stderr.startswith("Error: name: ")
+    assert done.stderr.count("name") == 1
     assert done.stderr.count("\n") == 1
 
 
@@ -253,9 +256,14 @@ def test_without_a_terminal_nothing_is_ended_unless_yes_is_given(
     shell: Shell, integrator: Shell, name: str
 ) -> None:
     assert integrator("token").exit_code == 0
-    refused = shell("service-users", "disable", name)
-    assert refused.exit_code == 2
-    assert "--yes" in refused.stderr
+    for command in (
+        ("service-users", "disable", name),
+        ("credentials", "revoke", name, shell.json("credentials", "list", name)[0]["id"]),
+        ("keys", "revoke", "--all", "--reason", "leaked"),
+    ):
+        refused = shell(*command)
+        assert refused.exit_code == 2
+        assert "without a terminal: add --yes" in refused.stderr
     assert integrator("token").exit_code == 0
 
     disabled = shell.json("service-users", "disable", name, "--yes")
@@ -318,6 +326,24 @@ def test_the_log_shows_the_last_records_with_the_newest_at_the_bottom(
     assert len(shell.records(*issued, "--since", "1h")) == 3
 
 
+def test_a_log_without_records_of_nobody_says_that_there_is_no_such_service_user(
+    authority: Authority, shell: Shell, name: str
+) -> None:
+    nobody = ("audit", "list", "--service-user", "nobody-at-all")
+    done = shell(*nobody)
+    assert done.exit_code == 1
+    assert "There is no service user named nobody-at-all." in done.stderr
+    known = shell("audit", "list", "--service-user", name, "--outcome", "refused")
+    assert known.exit_code == 0
+    assert "No record meets these filters." in known.stderr
+
+    shell.json("service-users", "change", name, "--audience", f"{authority.issuer}/api/v1")
+    shell.json("service-users", "change", name, "--add-scope", "audit:read")
+    made = shell.json("credentials", "create", name, "--label", "auditor")
+    auditor = Shell(authority, made["client_id"], made["client_secret"])
+    assert auditor(*nobody).exit_code == 0, "who may not read service users reads the log"
+
+
 def test_a_refusal_is_in_the_log_with_its_reason(shell: Shell, name: str) -> None:
     assert shell("tokens", "mint", name, "--scope", "nobody:granted").exit_code == 1
     refused = ("--action", "token.mint", "--outcome", "refused")
@@ -329,7 +355,7 @@ def test_keys_are_listed_and_shown_by_kid(shell: Shell) -> None:
     keys = shell.json("keys", "list")
     assert {"pending", "active"} <= {key["state"] for key in keys}
     assert shell.json("keys", "show", keys[0]["kid"]) == keys[0]
-    missing = shell("keys", "show", keys[0]["kid"][:-1])
+    missing = shell("keys", "show", f"-{keys[0]['kid'][1:]}")
     assert missing.exit_code == 1
     assert "privyseal keys list" in missing.stderr
 
@@ -343,6 +369,7 @@ def test_tables_fit_the_terminal_and_keep_identifiers_whole(
     assert status == 0
     lines = screen.split("\r\n")
     assert max(map(len, lines)) <= columns
+    assert ("Not shown for want of width" in screen) == (columns == 80)
     assert "…" not in screen
     if command == "keys":
         for key in operator.get("/signing-keys").json()["signing_keys"]:
@@ -391,3 +418,83 @@ def test_no_command_but_those_whose_result_it_is_prints_a_secret_or_a_token(
         done = shell(*command)
         assert done.exit_code == 0, done.stderr
         assert not any(secret in done.output for secret in SECRETS)
+
+
+def where_the_database_is(
+    authority: Authority, *arguments: str, **variables: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run `privyseal` with the environment of the server."""
+    return subprocess.run(
+        (PRIVYSEAL, *arguments),
+        env={**authority.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_starts(authority: Authority) -> None:
+    port = authority.issuer.rpartition(":")[2]
+    done = where_the_database_is(authority, "serve", "--port", port)
+    assert done.returncode == 1
+    assert done.stderr == f"Port {port} on 127.0.0.1 is taken. Choose another: --port\n"
+
+
+def test_a_key_encryption_key_file_that_was_named_is_never_made(
+    authority: Authority, tmp_path: Path
+) -> None:
+    missing = tmp_path / "not-mounted" / "kek"
+    places = {"PRIVYSEAL_DATA_DIR": str(tmp_path), "PRIVYSEAL_KEK_FILE": str(missing)}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free = str(probe.getsockname()[1])
+    try:
+        done = where_the_database_is(authority, "serve", "--port", free, **places)
+    finally:
+        shutil.rmtree((tmp_path / "postgres").resolve(), ignore_errors=True)  # may be a link
+    assert done.returncode == 1
+    assert f"{missing} cannot be read (No such file or directory)" in done.stderr
+    assert not missing.exists()
+
+
+def test_bootstrap_prints_what_the_client_commands_need(authority: Authority) -> None:
+    recover = ("--recover", "--reason", "a test")
+    done = where_the_database_is(authority, "bootstrap", "--name", "another", *recover)
+    assert done.returncode == 0, done.stderr
+    given = dict(line.removeprefix("export ").split("=") for line in done.stdout.splitlines())
+    assert given["PRIVYSEAL_URL"] == authority.issuer
+    another = Shell(authority, given["PRIVYSEAL_CLIENT_ID"], given["PRIVYSEAL_CLIENT_SECRET"])
+    assert another("service-users", "show", "another").exit_code == 0
+
+
+def test_doctor_is_well_where_the_authority_is(authority: Authority) -> None:
+    done = where_the_database_is(authority, "doctor")
+    assert done.returncode == 0, done.stdout
+    assert {line.split()[0] for line in done.stdout.splitlines()} == {"ok"}
+
+
+def test_doctor_says_once_what_is_wrong_and_skips_what_relies_on_it(authority: Authority) -> None:
+    away = "postgresql://privyseal_service:S3cr3t@127.0.0.1:1/privyseal"
+    done = where_the_database_is(authority, "doctor", PRIVYSEAL_DATABASE_URL=away)
+    assert done.returncode == 1
+    assert done.stderr == ""
+    marks = [line.split()[0] for line in done.stdout.splitlines()]
+    assert marks == ["ok", "FAIL", "skip", "skip", "skip"]
+    assert "No answer at 127.0.0.1:1 (ConnectionRefusedError)" in done.stdout
+    assert "S3cr3t" not in done.stdout
+
+
+def test_a_wrong_password_is_said_in_words(authority: Authority) -> None:
+    running = json.loads(
+        (Path(authority.environ["PRIVYSEAL_DATA_DIR"]) / "postgres.json").read_text()
+    )
+    wrong = re.sub(":[^:@]*@", ":wrong@", running["owner_dsn"])
+    service = running["service_dsn"]
+    done = where_the_database_is(authority, "migrate", PRIVYSEAL_DATABASE_URL=wrong)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "Postgres refuses role or password. Correct those in PRIVYSEAL_DATABASE_URL.\n",
+    )
+    done = where_the_database_is(authority, "migrate", PRIVYSEAL_DATABASE_URL=service)
+    assert done.returncode == 1
+    assert "is for the owner of the schema" in done.stderr

@@ -2,12 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
 from typing import TypeAlias
 
 import asyncpg
 import pytest
+import structlog
 from msgspec import Struct
 
+from keys.secret import Secret
 from keys.signer import NewKey
 from service.authority.audit import Action, AuditRecord
 from service.authority.model import ServiceUser, Subject
@@ -137,3 +140,20 @@ async def test_a_step_of_a_key_is_heard_of(
 ) -> None:
     assert await signing_keys.prepare(new_keys[0], act(Action.SIGNING_KEY_PREPARE))
     await until(lambda: heard.signing_keys >= 1)
+
+
+async def test_a_lost_postgres_is_logged_once() -> None:
+    async def nothing() -> None:
+        pass
+
+    listener = ChangeListener(
+        Secret("postgresql://privyseal_service@127.0.0.1:1/privyseal"),
+        on_connect=nothing,
+        on_service_user=lambda _: None,
+        on_signing_keys=nothing,
+    )
+    with structlog.testing.capture_logs() as logs, suppress(TimeoutError):
+        async with asyncio.timeout(1.8):  # time for four tries
+            await listener.run()
+    told = [entry["event"] for entry in logs if entry["log_level"] != "debug"]
+    assert told == ["listener_disconnected"]

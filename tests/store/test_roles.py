@@ -172,14 +172,32 @@ async def test_what_runs_with_the_rights_of_the_owner_cannot_be_led_astray(
     assert await service.fetchval("SELECT public.open_audit_era_1()") == 1
     assert await service.fetchval("SELECT count(*) FROM pg_temp.audit_eras") == 0
     assert await superuser.fetchval("SELECT count(*) FROM audit_eras") == 1
-    runs_as_owner = await superuser.fetch(
+    unpinned = await superuser.fetch(
         "SELECT proname FROM pg_proc WHERE prosecdef AND pronamespace = 'public'::regnamespace"
-        " ORDER BY proname"
+        " AND NOT coalesce(proconfig @> ARRAY['search_path=public, pg_temp'], false)"
     )
-    assert [row["proname"] for row in runs_as_owner] == [
-        "extend_audit_partitions_1",
-        "open_audit_era_1",
-    ]
+    assert unpinned == []
+
+
+async def test_the_service_writes_through_functions_that_put_it_on_record_and_in_no_other_way(
+    service: Connection, superuser: Connection
+) -> None:
+    written = await service.fetch(
+        "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace"
+        " AND relkind IN ('r', 'p')"
+        " AND has_table_privilege(oid, 'INSERT, UPDATE, DELETE, TRUNCATE, REFERENCES, TRIGGER')"
+    )
+    assert written == []
+    for inner in ("append_records_1", "begin_act_1", "end_act_1"):
+        (may,) = await service.fetch(
+            "SELECT has_function_privilege(oid, 'EXECUTE') AS may FROM pg_proc WHERE proname = $1",
+            inner,
+        )
+        assert not may["may"], inner
+    assert not await superuser.fetchval(
+        "SELECT bool_or(has_function_privilege('public', oid, 'EXECUTE')) FROM pg_proc"
+        " WHERE pronamespace = 'public'::regnamespace"
+    )
 
 
 async def test_a_server_is_served_as_the_service_and_as_nobody_stronger(

@@ -332,10 +332,10 @@ async def test_of_many_bootstraps_one_makes_the_first_operator_and_force_makes_a
     users: ServiceUsers, superuser: Connection
 ) -> None:
     async def bootstrap(name: str, *, force: bool = False) -> bool:
-        user, credential, _, records = first_operator(
+        user, credential, _, record = first_operator(
             name, "https://tokens.example/api/v1", time.time(), "lost"
         )
-        return await users.bootstrap(user, credential, records, force=force)
+        return await users.bootstrap(user, credential, record, force=force)
 
     results = await asyncio.gather(*(bootstrap(f"operator-{number}") for number in range(8)))
     assert results.count(True) == 1

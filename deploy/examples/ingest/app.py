@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -48,7 +49,14 @@ class Settings:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Self:
-        """Read `INGEST_*`; the defaults are those of an authority on the same machine."""
+        """Read `INGEST_*`; the defaults are those of an authority on the same machine.
+
+        Raise ValueError for a variable that nobody reads: a misspelt setting must not be silent.
+        """
+        known = {"INGEST_ISSUER", "INGEST_AUDIENCE", "INGEST_JWKS_URI", "INGEST_DATA_DIR"}
+        given = {name for name in environ if name.startswith("INGEST_")}
+        if unknown := sorted(given - known):
+            raise ValueError(f"{unknown[0]}: expected one of {', '.join(sorted(known))}")
         return cls(
             issuer=environ.get("INGEST_ISSUER") or "http://127.0.0.1:8080",
             audience=environ.get("INGEST_AUDIENCE") or "http://127.0.0.1:8081",
@@ -330,4 +338,7 @@ async def _answer_nobody(_: Request, error: Exception) -> Response:
     return Response(status_code=HTTPStatus.BAD_REQUEST)  # the client has gone away
 
 
-app = create_app(Settings.from_environ(os.environ))
+try:
+    app = create_app(Settings.from_environ(os.environ))
+except ValueError as error:
+    sys.exit(f"These settings (INGEST_...) cannot be used: {error}")

@@ -1,10 +1,12 @@
 -- Service users with their credentials, signing keys, and the audit log: all that there is.
 --
--- Two rules hold everywhere below.
+-- Three rules hold everywhere below.
 --   1. The fence. Whoever commits audit records holds it shared, whoever changes a service user,
 --      a credential or the state of a key holds it exclusively, each until its COMMIT.
 --   2. A record says on which version of a service user it was decided. It is kept only while
 --      that is still the version, under the fence. So a change that has returned is final.
+--   3. The service only reads the tables. All that it writes goes through functions that run with
+--      the owner's rights and put it on record: its password alone changes nothing unseen.
 -- Functions carry a version in their name: a release that needs another one adds it, so that the
 -- code before and after a migration runs side by side.
 
@@ -127,7 +129,7 @@ $$;
 -- Make the monthly partitions from last month to `months` ahead. Owner's rights: the service may
 -- add records but owns no audit table.
 CREATE FUNCTION extend_audit_partitions_1(months integer) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp SET timezone = 'UTC' AS $$
 DECLARE
     month timestamptz;
     parent text;
@@ -143,8 +145,10 @@ BEGIN
         FOREACH parent IN ARRAY ARRAY['audit_records', 'audit_personal'] LOOP
             child := parent || to_char(month AT TIME ZONE 'UTC', '_YYYY_MM');
             IF to_regclass(child) IS NULL THEN
-                EXECUTE format('CREATE TABLE %I PARTITION OF %I FOR VALUES FROM (%L) TO (%L)',
-                    child, parent, uuidv7_floor_1(month),
+                -- Not PARTITION OF: that would lock the parent against every reader and writer.
+                EXECUTE format('CREATE TABLE %I (LIKE %I INCLUDING ALL)', child, parent);
+                EXECUTE format('ALTER TABLE %I ATTACH PARTITION %I FOR VALUES FROM (%L) TO (%L)',
+                    parent, child, uuidv7_floor_1(month),
                     uuidv7_floor_1(month + interval '1 month'));
             END IF;
         END LOOP;
@@ -180,7 +184,7 @@ $$;
 -- The caller holds the fence, taken in an earlier statement, so that this one sees every commit
 -- that went before. `repeats` 0 means: compare, but do not write (an equal record counts it).
 CREATE FUNCTION append_records_1(records jsonb, clock_skew integer) RETURNS boolean[]
-LANGUAGE plpgsql VOLATILE AS $$
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = public, pg_temp AS $$
 DECLARE
     verdict boolean[];
     now_s   double precision := extract(epoch FROM clock_timestamp());
@@ -250,7 +254,7 @@ END $$;
 -- The group commit: one call, one autocommit statement, one batch.
 CREATE FUNCTION commit_records_1(records jsonb, clock_skew integer,
                                  OUT recorded boolean[], OUT at timestamptz)
-LANGUAGE plpgsql VOLATILE AS $$
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
     PERFORM require_durable_commit_1();
     PERFORM pg_advisory_xact_lock_shared(7709, 0);
@@ -260,7 +264,7 @@ END $$;
 
 -- Take the fence and put the act on record, or say that it was decided on an old version.
 CREATE FUNCTION begin_act_1(record jsonb, clock_skew integer) RETURNS boolean
-LANGUAGE plpgsql VOLATILE AS $$
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = public, pg_temp AS $$
 DECLARE
     verdict boolean[];
 BEGIN
@@ -270,26 +274,30 @@ BEGIN
     RETURN verdict[1];
 END $$;
 
--- PV409 unless someone is left who can administer, if anyone could before.
-CREATE FUNCTION has_operator_1() RETURNS boolean
+-- Until when somebody lives who can administer; null if nobody does.
+CREATE FUNCTION operator_until_1() RETURNS timestamptz
 LANGUAGE sql STABLE AS $$
-    SELECT EXISTS (
-        SELECT FROM service_users su JOIN credentials c ON c.service_user_id = su.id
-         WHERE su.status = 'active' AND 'service-users:write' = ANY (su.scopes)
-           AND c.revoked_at IS NULL AND c.expires_at > clock_timestamp())
+    SELECT max(c.expires_at)
+      FROM service_users su JOIN credentials c ON c.service_user_id = su.id
+     WHERE su.status = 'active' AND 'service-users:write' = ANY (su.scopes)
+       AND c.revoked_at IS NULL AND c.expires_at > clock_timestamp()
 $$;
 
-CREATE FUNCTION end_act_1(changed_id text, had_operator boolean) RETURNS void
-LANGUAGE plpgsql VOLATILE AS $$
+-- PV409 if the act leaves nobody who can administer, or soon will; tell who listens.
+CREATE FUNCTION end_act_1(changed_id text, operator_before timestamptz) RETURNS void
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    operator_now timestamptz := operator_until_1();
 BEGIN
-    IF had_operator AND NOT has_operator_1() THEN
+    IF coalesce(operator_now, '-infinity') < operator_before
+       AND coalesce(operator_now, '-infinity') < clock_timestamp() + interval '7 days' THEN
         RAISE EXCEPTION 'the last live holder of service-users:write' USING ERRCODE = 'PV409';
     END IF;
     PERFORM pg_notify('privyseal_service_users', changed_id);
 END $$;
 
 CREATE FUNCTION create_service_user_1(su jsonb, record jsonb, clock_skew integer) RETURNS boolean
-LANGUAGE plpgsql VOLATILE AS $$
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
     IF NOT begin_act_1(record, clock_skew) THEN RETURN false; END IF;
     INSERT INTO service_users (id, name, source_system, owner, contact, description, scopes,
@@ -297,18 +305,18 @@ BEGIN
     SELECT id, name, source_system, owner, contact, description, scopes, audiences,
            token_lifetime, status, version, created_at
       FROM jsonb_populate_record(NULL::service_users, su);
-    PERFORM end_act_1(su ->> 'id', false);
+    PERFORM end_act_1(su ->> 'id', NULL);
     RETURN true;
 END $$;
 
 -- The caller offers the service user as it shall be; the record holds the version that it was.
 CREATE FUNCTION change_service_user_1(su jsonb, record jsonb, clock_skew integer) RETURNS boolean
-LANGUAGE plpgsql VOLATILE AS $$
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = public, pg_temp AS $$
 DECLARE
-    had_operator boolean;
+    operator_before timestamptz;
 BEGIN
     IF NOT begin_act_1(record, clock_skew) THEN RETURN false; END IF;
-    had_operator := has_operator_1();
+    operator_before := operator_until_1();
     UPDATE service_users old
        SET name = new.name, source_system = new.source_system, owner = new.owner,
            contact = new.contact, description = new.description, scopes = new.scopes,
@@ -316,63 +324,64 @@ BEGIN
            version = old.version + 1
       FROM jsonb_populate_record(NULL::service_users, su) new
      WHERE old.id = new.id;
-    PERFORM end_act_1(su ->> 'id', had_operator);
+    PERFORM end_act_1(su ->> 'id', operator_before);
     RETURN true;
 END $$;
 
 CREATE FUNCTION create_credential_1(credential jsonb, record jsonb, clock_skew integer)
 RETURNS boolean
-LANGUAGE plpgsql VOLATILE AS $$
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
     IF NOT begin_act_1(record, clock_skew) THEN RETURN false; END IF;
     INSERT INTO credentials (id, service_user_id, label, secret_sha256, created_at, expires_at)
     SELECT id, service_user_id, label, secret_sha256, created_at, expires_at
       FROM jsonb_populate_record(NULL::credentials, credential);
     UPDATE service_users SET version = version + 1 WHERE id = credential ->> 'service_user_id';
-    PERFORM end_act_1(credential ->> 'service_user_id', false);
+    PERFORM end_act_1(credential ->> 'service_user_id', NULL);
     RETURN true;
 END $$;
 
 CREATE FUNCTION revoke_credential_1(credential_id text, record jsonb, clock_skew integer)
 RETURNS boolean
-LANGUAGE plpgsql VOLATILE AS $$
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = public, pg_temp AS $$
 DECLARE
-    had_operator boolean;
+    operator_before timestamptz;
     holder text;
 BEGIN
     IF NOT begin_act_1(record, clock_skew) THEN RETURN false; END IF;
-    had_operator := has_operator_1();
+    operator_before := operator_until_1();
     UPDATE credentials c SET revoked_at = clock_timestamp()
      WHERE c.id = credential_id AND c.revoked_at IS NULL RETURNING c.service_user_id INTO holder;
     UPDATE service_users SET version = version + 1 WHERE id = holder;
-    PERFORM end_act_1(holder, had_operator);
+    PERFORM end_act_1(holder, operator_before);
     RETURN true;
 END $$;
 
 -- The first operator, with a first credential, unless one lives; `force` is for a recovery.
-CREATE FUNCTION bootstrap_1(su jsonb, credential jsonb, records jsonb, force boolean,
+CREATE FUNCTION bootstrap_1(su jsonb, credential jsonb, record jsonb, force boolean,
                             clock_skew integer) RETURNS boolean
-LANGUAGE plpgsql VOLATILE AS $$
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
-    PERFORM require_durable_commit_1();
     PERFORM pg_advisory_xact_lock(7709, 0);
-    IF has_operator_1() AND NOT force THEN RETURN false; END IF;
-    PERFORM append_records_1(records, clock_skew);
-    INSERT INTO service_users SELECT * FROM jsonb_populate_record(NULL::service_users, su);
-    INSERT INTO credentials SELECT * FROM jsonb_populate_record(NULL::credentials, credential);
-    PERFORM end_act_1(su ->> 'id', false);
+    IF operator_until_1() IS NOT NULL AND NOT force THEN RETURN false; END IF;
+    IF NOT create_service_user_1(su, record, clock_skew) THEN RETURN false; END IF;
+    INSERT INTO credentials (id, service_user_id, label, secret_sha256, created_at, expires_at)
+    SELECT id, service_user_id, label, secret_sha256, created_at, expires_at
+      FROM jsonb_populate_record(NULL::credentials, credential);
     RETURN true;
 END $$;
 
 -- A step of a key's life, guarded by the state that it was decided on. Each returns whether it
 -- was this call that took it: of two rotators that race, one does.
 CREATE FUNCTION prepare_key_1(key jsonb, record jsonb, clock_skew integer) RETURNS boolean
-LANGUAGE plpgsql VOLATILE AS $$
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
     PERFORM require_durable_commit_1();
     PERFORM pg_advisory_xact_lock(7709, 0);
-    IF EXISTS (SELECT FROM signing_keys WHERE state = 'pending') THEN RETURN false; END IF;
-    PERFORM append_records_1(jsonb_build_array(record), clock_skew);
+    IF EXISTS (SELECT FROM signing_keys WHERE state = 'pending') THEN
+        RETURN false;
+    END IF;
+    IF NOT begin_act_1(record, clock_skew) THEN RETURN false; END IF;
     INSERT INTO signing_keys (kid, state, signer, public_der, sealed_private, published_at)
     SELECT kid, 'pending', signer, public_der, sealed_private, clock_timestamp()
       FROM jsonb_populate_record(NULL::signing_keys, key);
@@ -387,7 +396,7 @@ CREATE FUNCTION activate_key_1(pending_kid text, active_kid text, publish_lead i
                                lifetime integer, rotation interval, record jsonb,
                                clock_skew integer)
 RETURNS boolean
-LANGUAGE plpgsql VOLATILE AS $$
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
     PERFORM require_durable_commit_1();
     PERFORM pg_advisory_xact_lock(7709, 0);
@@ -396,11 +405,12 @@ BEGIN
        OR (SELECT kid FROM signing_keys WHERE state = 'active') IS DISTINCT FROM active_kid THEN
         RETURN false;
     END IF;
-    PERFORM append_records_1(jsonb_build_array(record), clock_skew);
+    IF NOT begin_act_1(record, clock_skew) THEN RETURN false; END IF;
     UPDATE signing_keys
        SET state = 'retiring', sealed_private = NULL,
            publish_until = clock_timestamp()
-               + make_interval(secs => signing_keys.lifetime_cap + clock_skew)
+               -- A commit takes an `iat` up to the skew ahead, a verifier an `exp` up to it past.
+               + make_interval(secs => signing_keys.lifetime_cap + 2 * clock_skew)
      WHERE kid = active_kid;
     UPDATE signing_keys
        SET state = 'active', activated_at = clock_timestamp(), lifetime_cap = lifetime,
@@ -412,7 +422,7 @@ END $$;
 
 CREATE FUNCTION retire_key_1(retiring_kid text, record jsonb, clock_skew integer)
 RETURNS boolean
-LANGUAGE plpgsql VOLATILE AS $$
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
     PERFORM require_durable_commit_1();
     PERFORM pg_advisory_xact_lock(7709, 0);
@@ -420,7 +430,7 @@ BEGIN
                       AND publish_until <= clock_timestamp()) THEN
         RETURN false;
     END IF;
-    PERFORM append_records_1(jsonb_build_array(record), clock_skew);
+    IF NOT begin_act_1(record, clock_skew) THEN RETURN false; END IF;
     UPDATE signing_keys SET state = 'retired', ended_at = clock_timestamp()
      WHERE kid = retiring_kid;
     PERFORM pg_notify('privyseal_signing_keys', retiring_kid);
@@ -430,8 +440,11 @@ END $$;
 SELECT extend_audit_partitions_1(3);
 SELECT open_audit_era_1();
 
-REVOKE ALL ON FUNCTION extend_audit_partitions_1, open_audit_era_1 FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION extend_audit_partitions_1, open_audit_era_1 TO privyseal_service;
-GRANT SELECT, INSERT, UPDATE ON service_users, credentials, signing_keys TO privyseal_service;
-GRANT SELECT, INSERT ON audit_records, audit_personal TO privyseal_service;
-GRANT SELECT ON audit_eras TO privyseal_service;
+REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA public FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION
+    extend_audit_partitions_1, open_audit_era_1, uuidv7_floor_1, audit_era_floor_1, audit_horizon_1,
+    commit_records_1, create_service_user_1, change_service_user_1, create_credential_1,
+    revoke_credential_1, bootstrap_1, prepare_key_1, activate_key_1, retire_key_1
+    TO privyseal_service;
+GRANT SELECT ON service_users, credentials, signing_keys, audit_eras, audit_records, audit_personal
+    TO privyseal_service;
