@@ -71,10 +71,13 @@ def postgres(pytestconfig: pytest.Config) -> Running:
 @pytest.fixture
 def database(postgres: Running) -> Generator[Running, None, None]:
     """An empty, migrated database for this test alone, with a DSN for each role."""
-    name = f"test_{uuid.uuid4().hex[:16]}"
-    asyncio.run(_administer(postgres, f"CREATE DATABASE {name} TEMPLATE {DATABASE} OWNER {OWNER}"))
-    yield postgres.with_database(name)
-    asyncio.run(_administer(postgres, f"DROP DATABASE {name} WITH (FORCE)"))
+    yield from _fresh_database(postgres)
+
+
+@pytest.fixture(scope="module")
+def module_database(postgres: Running) -> Generator[Running, None, None]:
+    """The same for the tests of a module together."""
+    yield from _fresh_database(postgres)
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +120,13 @@ async def _migrate(running: Running) -> None:
         await migrate(connection)
     finally:
         await connection.close(timeout=5)
+
+
+def _fresh_database(postgres: Running) -> Generator[Running, None, None]:
+    name = f"test_{uuid.uuid4().hex[:16]}"
+    asyncio.run(_administer(postgres, f"CREATE DATABASE {name} TEMPLATE {DATABASE} OWNER {OWNER}"))
+    yield postgres.with_database(name)
+    asyncio.run(_administer(postgres, f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 async def _administer(running: Running, statement: str) -> None:

@@ -185,18 +185,19 @@ def records(operator: httpx.AsyncClient) -> Callable[..., Awaitable[Records]]:
     return found
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def live_server(
-    database: Running, keks: KeyEncryptionKeys, rsa_keys: list[RSAPrivateKey]
+    module_database: Running, keks: KeyEncryptionKeys, rsa_keys: list[RSAPrivateKey]
 ) -> Generator[tuple[str, Credential], None, None]:
-    """An authority behind uvicorn, on a loopback port and in a thread; its URL and operator."""
+    """An authority behind uvicorn, on a loopback port and in a thread, for the tests of a module:
+    its URL and its operator."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         settings = Settings(issuer=url)
-        operator = asyncio.run(_set_up(database, settings, keks, rsa_keys))
+        operator = asyncio.run(_set_up(module_database, settings, keks, rsa_keys))
 
         def create_app() -> ASGIApp:
-            return Authority(settings, dsn=database.service_dsn, read_keks=lambda: keks).asgi
+            return Authority(settings, dsn=module_database.service_dsn, read_keks=lambda: keks).asgi
 
         server = uvicorn.Server(
             uvicorn.Config(create_app, factory=True, log_config=None, access_log=False)

@@ -473,19 +473,56 @@ async def test_a8_a_real_token_dies_with_what_stands_behind_it(
             assert 'error="invalid_token"' in answer.headers["www-authenticate"]
 
 
+async def test_a7_a_secret_that_somebody_kept_never_gains_an_admin_scope(
+    operator: httpx.AsyncClient, enrol: Enrol, settings: Settings
+) -> None:
+    client_id, _ = await enrol("kept", audiences=[settings.api_audience])
+    url = f"{USERS}/{client_id}"
+    (held,) = (await operator.get(f"{url}/credentials")).json()["credentials"]
+    grant = {"scopes": [READ]}
+    refused = await operator.patch(url, json=grant, headers={"If-Match": '"2"'})
+    assert refused.status_code == 409
+    assert "live credentials" in refused.json()["detail"]
+    assert (await operator.post(f"{url}/credentials/{held['id']}/revoke")).status_code == 200
+    granted = await operator.patch(url, json=grant, headers={"If-Match": '"3"'})
+    assert (granted.status_code, granted.json()["scopes"]) == (200, [READ])
+
+
 async def test_a8_a_token_does_what_it_says_and_its_holder_still_may(
     operator: httpx.AsyncClient, sign_in: SignIn, enrol_operator: Enrol
 ) -> None:
-    credential = await enrol_operator("reader", READ, AdminScope.AUDIT_READ)
-    caller = await sign_in(credential)
-    assert (await caller.get("/api/v1/audit-records")).status_code == 200
+    credential = await enrol_operator("clerk", READ, WRITE, AdminScope.AUDIT_READ)
+    whole = await sign_in(credential)
+    narrow = await sign_in(credential, scope=f"{READ} {AdminScope.AUDIT_READ}")
+    new = {"name": "new", "source_system": "x"}
+    assert (await narrow.post(USERS, json=new)).status_code == 403
+    assert (await narrow.get("/api/v1/audit-records")).status_code == 200
     changed = await operator.patch(
         f"{USERS}/{credential[0]}", json={"scopes": [READ, WRITE]}, headers={"If-Match": '"2"'}
     )
     assert changed.status_code == 200
-    assert (await caller.get("/api/v1/audit-records")).status_code == 403
-    assert (await caller.get(USERS)).status_code == 200
-    new = {"name": "new", "source_system": "x"}
-    assert (await caller.post(USERS, json=new)).status_code == 403
-    again = await sign_in(credential)
-    assert (await again.post(USERS, json=new)).status_code == 201
+    for caller in (whole, narrow):
+        assert (await caller.get("/api/v1/audit-records")).status_code == 403
+        assert (await caller.get(USERS)).status_code == 200
+    assert (await narrow.post(USERS, json=new)).status_code == 403
+    assert (await whole.post(USERS, json=new)).status_code == 201
+
+
+async def test_a7_a_secret_that_somebody_may_have_kept_gets_no_new_right(
+    operator: httpx.AsyncClient, sign_in: SignIn, enrol_operator: Enrol
+) -> None:
+    credential = await enrol_operator("clerk", READ)
+    user = f"{USERS}/{credential[0]}"
+
+    async def promote(version: int) -> int:
+        body = {"scopes": [READ, AdminScope.AUDIT_READ]}
+        answer = await operator.patch(user, json=body, headers={"If-Match": f'"{version}"'})
+        return answer.status_code
+
+    assert await promote(2) == 409
+    (held,) = (await operator.get(f"{user}/credentials")).json()["credentials"]
+    await operator.post(f"{user}/credentials/{held['id']}/revoke")
+    assert await promote(3) == 200
+    fresh = await operator.post(f"{user}/credentials", json={"label": "fresh"})
+    caller = await sign_in((credential[0], fresh.json()["client_secret"]))
+    assert (await caller.get("/api/v1/audit-records")).status_code == 200
