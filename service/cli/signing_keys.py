@@ -99,7 +99,7 @@ def rotate(reason: str, as_json: bool) -> None:
     it does so then by itself.
     """
     with authority() as api:
-        rotation = api.post("/signing-keys/rotate", {"reason": reason}, repeatable=True)
+        rotation = api.post("/signing-keys/rotate", {"reason": reason})
     if as_json:
         print_json(rotation)
         return

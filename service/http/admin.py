@@ -378,6 +378,12 @@ async def check_form(request: AnyRequest) -> None:
         raise Refused(HTTPStatus.BAD_REQUEST, "Each query parameter may be given once.")
     if any(_CONTROL.search(value) for value in request.query_params.values()):
         raise Refused(HTTPStatus.BAD_REQUEST, "Parameters must not hold control characters.")
+    for name, value in request.query_params.items():
+        field = parameters[name]
+        kinds = {field.annotation, *(inner.annotation for inner in field.inner_types)}
+        # The framework takes the word for None: a filter that holds nothing back.
+        if value.lower() == "null" and str not in kinds:
+            raise Refused(HTTPStatus.BAD_REQUEST, f"Leave {name} out instead of sending null.")
     if "data" not in parameters:
         return
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":

@@ -625,6 +625,10 @@ BAD_QUERIES: dict[str, int] = {
     f"{LOG}?credential=su_aaaaaaaaaaaaaaaaaaaaaaaa": 422,
     f"{LOG}?action=nothing": 422,
     f"{LOG}?outcome=failure": 422,
+    f"{LOG}?action=null": 400,
+    f"{LOG}?jti=NULL": 400,
+    f"{LOG}?since=null": 400,
+    f"{USERS}?status=null": 400,
     f"{LOG}?request_id=a%20b": 422,
     f"{LOG}?request_id=a%0ab": 400,
     f"{LOG}?jti=7": 422,
@@ -647,6 +651,8 @@ async def test_a_query_that_is_not_understood_is_refused(operator: httpx.AsyncCl
         found[url] = int(answer.status_code)
         problem(answer)
     assert found == BAD_QUERIES
+    for named_null in (f"{USERS}?cursor=null", f"{LOG}?service_user=null", f"{LOG}?actor=null"):
+        assert (await operator.get(named_null)).status_code == 200
 
 
 async def test_signing_keys_are_listed_in_the_order_of_their_publication(
