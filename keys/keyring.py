@@ -62,6 +62,16 @@ class KeyRing:
         if len({key.kid for key in self.keys}) != len(self.keys):
             raise ValueError("a ring has each kid once")
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the same keys are in the same states."""
+        return isinstance(other, KeyRing) and self._states() == other._states()
+
+    def __hash__(self) -> int:
+        return hash(self._states())
+
+    def _states(self) -> tuple[tuple[str, KeyState], ...]:
+        return tuple((key.kid, key.state) for key in self.keys)
+
     @cached_property
     def pending(self) -> SigningKey | None:
         """The standing next key: published, not signing."""

@@ -208,13 +208,14 @@ class KeyRotator:
     async def tick(self) -> Step:
         """Read the ring and take what is due; return the step that remains: as a rule a Wait."""
         ring = await self._keys.fresh()
-        refused: Step | None = None
+        refused: tuple[Step, KeyRing] | None = None
         while True:
             step = next_step(ring, self._policy, self._clock())
-            # Refused twice: the database's clock says not yet. Once: another process was faster.
-            if isinstance(step, Wait) or step == refused:
+            # Refused twice on the same ring: the database's clock says not yet. If the ring has
+            # changed, another process was only faster.
+            if isinstance(step, Wait) or (step, ring) == refused:
                 return step
-            refused = None if await self._take(step, ring) else step
+            refused = None if await self._take(step, ring) else (step, ring)
             ring = await self._keys.fresh()
 
     async def _take(self, step: Prepare | Activate | Retire, ring: KeyRing) -> bool:
