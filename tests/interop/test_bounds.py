@@ -47,7 +47,8 @@ def test_a_head_within_the_bound_and_many_requests_on_one_connection_are_answere
             connection.sendall(REQUEST + b"X: " + b"a" * (MAX_HEAD // 4) + b"\r\n\r\n")
             answer = b""
             while not answer.endswith(b'{"alive":true}'):
-                assert (received := connection.recv(4096)), answer
+                received = connection.recv(4096)
+                assert received, answer
                 answer += received
             assert answer.startswith(b"HTTP/1.1 200 OK")
 
