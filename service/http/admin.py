@@ -8,7 +8,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from datetime import datetime
 from http import HTTPStatus
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 from litestar import Controller, HttpMethod, Request, Response, get, patch, post
@@ -64,24 +64,10 @@ TokenScope = Annotated[
 ]
 
 
-class ServiceUserBody(Struct, frozen=True, kw_only=True):
-    """A service user, as it is shown."""
-
-    id: str
-    name: str
-    source_system: str
-    owner: str
-    contact: str
-    description: str
-    scopes: tuple[str, ...]
-    audiences: tuple[str, ...]
-    token_lifetime: int
-    status: Status
-    version: int
-    created_at: datetime
+ServiceUserT = TypeVar("ServiceUserT", bound=ServiceUser)
 
 
-class ChangedServiceUser(ServiceUserBody, frozen=True, kw_only=True):
+class ChangedServiceUser(ServiceUser, frozen=True, kw_only=True):
     """A service user after a change, and the tokens that this cannot take back (null: unknown)."""
 
     live_tokens: LiveTokens | None
@@ -90,7 +76,7 @@ class ChangedServiceUser(ServiceUserBody, frozen=True, kw_only=True):
 class ServiceUserPage(Struct, frozen=True, kw_only=True):
     """Service users by name; `next_cursor` leads on, and is null at the end."""
 
-    service_users: list[ServiceUserBody]
+    service_users: list[ServiceUser]
     next_cursor: str | None
 
 
@@ -157,11 +143,11 @@ class ServiceUserController(Controller):
         request: AnyRequest,
         operator: NamedDependency[Operator],
         administration: NamedDependency[Administration],
-    ) -> Response[ServiceUserBody]:
+    ) -> Response[ServiceUser]:
         """Create a service user. It needs a credential before it gets tokens."""
         user = await administration.create(operator, data, origin_of(request.scope))
         location = {"Location": f"/api/v1/service-users/{user.id}"}
-        return _tagged(_shown(user, ServiceUserBody), user, HTTPStatus.CREATED, location)
+        return _tagged(user, HTTPStatus.CREATED, location)
 
     @get("/", opt={"action": Action.SERVICE_USER_LIST})
     async def list(
@@ -184,15 +170,15 @@ class ServiceUserController(Controller):
             status=status,
         )
         return ServiceUserPage(
-            service_users=[_shown(user, ServiceUserBody) for user in users[:limit]],
+            service_users=list(users[:limit]),
             next_cursor=users[limit - 1].name if len(users) > limit else None,
         )
 
     @get("/me", opt={"action": Action.SERVICE_USER_READ})
-    async def me(self, operator: NamedDependency[Operator]) -> Response[ServiceUserBody]:
+    async def me(self, operator: NamedDependency[Operator]) -> Response[ServiceUser]:
         """Show the caller itself; this takes no scope."""
         user = operator.service_user
-        return _tagged(_shown(user, ServiceUserBody), user)
+        return _tagged(user)
 
     @get("/{service_user_id:str}", opt={"action": Action.SERVICE_USER_READ})
     async def read(
@@ -200,10 +186,10 @@ class ServiceUserController(Controller):
         service_user_id: ServiceUserIdInPath,
         operator: NamedDependency[Operator],
         administration: NamedDependency[Administration],
-    ) -> Response[ServiceUserBody]:
+    ) -> Response[ServiceUser]:
         """Show a service user; its ETag is what a change has to name."""
         user = await administration.read(operator, service_user_id)
-        return _tagged(_shown(user, ServiceUserBody), user)
+        return _tagged(user)
 
     @patch("/{service_user_id:str}", opt={"action": Action.SERVICE_USER_CHANGE})
     async def change(
@@ -218,7 +204,7 @@ class ServiceUserController(Controller):
         user, live_tokens = await administration.change(
             operator, service_user_id, data, _if_match(request), origin_of(request.scope)
         )
-        return _tagged(_shown(user, ChangedServiceUser, live_tokens=live_tokens), user)
+        return _tagged(_changed(user, live_tokens))
 
     @post(
         "/{service_user_id:str}/disable",
@@ -236,7 +222,7 @@ class ServiceUserController(Controller):
         user, live_tokens = await administration.disable(
             operator, service_user_id, origin_of(request.scope)
         )
-        return _tagged(_shown(user, ChangedServiceUser, live_tokens=live_tokens), user)
+        return _tagged(_changed(user, live_tokens))
 
     @post(
         "/{service_user_id:str}/enable", status_code=200, opt={"action": Action.SERVICE_USER_ENABLE}
@@ -252,7 +238,7 @@ class ServiceUserController(Controller):
         user, live_tokens = await administration.enable(
             operator, service_user_id, origin_of(request.scope)
         )
-        return _tagged(_shown(user, ChangedServiceUser, live_tokens=live_tokens), user)
+        return _tagged(_changed(user, live_tokens))
 
     @get("/{service_user_id:str}/credentials", opt={"action": Action.CREDENTIAL_LIST})
     async def credentials(
@@ -467,17 +453,16 @@ def _if_match(request: AnyRequest) -> int:
 
 
 def _tagged(
-    body: Any,
-    user: ServiceUser,
+    user: ServiceUserT,
     status: HTTPStatus = HTTPStatus.OK,
     headers: Mapping[str, str] | None = None,
-) -> Response[Any]:
+) -> Response[ServiceUserT]:
     etag = {"ETag": f'"{user.version}"'}
-    return Response(body, status_code=status, headers={**NO_STORE, **etag, **(headers or {})})
+    return Response(user, status_code=status, headers={**NO_STORE, **etag, **(headers or {})})
 
 
-def _shown(user: ServiceUser, kind: type[Any], **members: Any) -> Any:
-    return kind(**msgspec.structs.asdict(user), **members)
+def _changed(user: ServiceUser, live_tokens: LiveTokens | None) -> ChangedServiceUser:
+    return ChangedServiceUser(**msgspec.structs.asdict(user), live_tokens=live_tokens)
 
 
 def _credential(credential: Credential, kind: type[Any], now: float, **members: Any) -> Any:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import asyncpg
 import psutil
@@ -22,7 +23,13 @@ from keys.secret import Secret
 from service.authority.errors import StartRefused
 from service.store.embedded import EmbeddedPostgres, Running, find_running
 
-AS_ROOT = os.geteuid() == 0
+
+@pytest.fixture
+def as_root(skip_or_fail: Callable[[str], NoReturn]) -> None:
+    """Only root runs the server as another user."""
+    if os.geteuid() != 0:
+        skip_or_fail("only root runs the server as another user")
+
 
 # Stands for `privyseal serve`: starts the server and does nothing else until it is ended.
 PARENT = """
@@ -147,7 +154,7 @@ def test_no_password_is_in_a_repr_the_log_or_the_process_list(
     assert not any(password in seen for password in passwords)
 
 
-@pytest.mark.skipif(not AS_ROOT, reason="only root changes the user")
+@pytest.mark.usefixtures("as_root")
 def test_as_root_the_server_runs_as_nobody(started: tuple[Path, Running]) -> None:
     assert psutil.Process(started[1].pid).username() == "nobody"
 
@@ -240,7 +247,7 @@ def test_an_interrupted_first_start_is_begun_anew(data_dir: Path) -> None:
         assert query(running.service_dsn, "SELECT 1") == 1
 
 
-@pytest.mark.skipif(not AS_ROOT, reason="only root runs the server as another user")
+@pytest.mark.usefixtures("as_root")
 def test_where_nobody_cannot_pass_a_link_leads_to_a_place_where_it_can(data_dir: Path) -> None:
     closed = data_dir / "closed"
     closed.mkdir(mode=0o700)
@@ -260,7 +267,7 @@ def test_where_nobody_cannot_pass_a_link_leads_to_a_place_where_it_can(data_dir:
         EmbeddedPostgres(place.parent).start()
 
 
-@pytest.mark.skipif(not AS_ROOT, reason="only root runs the server as another user")
+@pytest.mark.usefixtures("as_root")
 def test_a_database_that_nobody_can_no_longer_reach_is_refused_not_replaced(
     data_dir: Path,
 ) -> None:

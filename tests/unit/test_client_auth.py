@@ -32,7 +32,7 @@ def test_secrets_have_one_form_with_a_checksum_that_scanners_can_test() -> None:
 
 def test_one_regular_expression_finds_a_leaked_secret_and_no_character_needs_escaping() -> None:
     secret = new_secret().reveal()
-    leaked = f'client_secret = "{secret}"  # TODO'
+    leaked = f'client_secret = "{secret}",  # for now'
     assert re.findall("pvs_[0-9A-Za-z]{49}", leaked) == [secret]
     assert re.fullmatch("[A-Za-z0-9_]+", secret)
 
