@@ -4,16 +4,13 @@ Looks at exit status, output and the tokens themselves; never into the program.
 """
 
 import json
-import os
-import pty
 import re
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import uuid
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,10 +21,10 @@ from click.testing import CliRunner, Result
 
 from keys.verifier import Verifier
 from service.cli import main
+from tests.interop.terminal import PRIVYSEAL, at_terminal
 
 AUDIENCE = "https://ingest.example"
 SECRETS = ("pvs_", "eyJ")
-PRIVYSEAL = str(Path(sys.executable).with_name("privyseal"))
 VISIBLE_WITHIN = 8.0
 
 
@@ -75,27 +72,7 @@ class Shell:
 
     def at_terminal(self, *arguments: str, typed: str = "", columns: int = 80) -> tuple[int, str]:
         """Run a command in a terminal; return its exit status and what the screen shows."""
-        controller, terminal = pty.openpty()
-        os.write(controller, typed.encode())
-        with subprocess.Popen(
-            (PRIVYSEAL, *arguments),
-            env={**self.environ, "COLUMNS": str(columns), "TERM": "xterm"},
-            stdin=terminal,
-            stdout=terminal,
-            stderr=terminal,
-        ) as process:
-            os.close(terminal)
-            screen = b"".join(_until_closed(controller)).decode()
-        os.close(controller)
-        return process.returncode, re.sub(r"\x1b\[[0-9;]*m", "", screen)
-
-
-def _until_closed(controller: int) -> Generator[bytes, None, None]:
-    while True:
-        try:
-            yield os.read(controller, 65_536)
-        except OSError:  # how Linux says that nobody holds the other end any more
-            return
+        return at_terminal(arguments, self.environ, columns=columns, typed=typed)
 
 
 @pytest.fixture(scope="module")

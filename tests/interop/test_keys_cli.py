@@ -4,11 +4,7 @@ Looks at exit status, output, published keys and tokens; never into the program.
 """
 
 import json
-import os
-import pty
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
@@ -24,8 +20,8 @@ from click.testing import CliRunner, Result
 from keys.envelope import new_kek_line
 from keys.verifier import parse_jwks
 from service.cli import main
+from tests.interop.terminal import at_terminal
 
-PRIVYSEAL = str(Path(sys.executable).with_name("privyseal"))
 LEAD = 16
 """Seconds: the shortest that JWKS max-age 1, ring poll 10 and skew 5 allow."""
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ"
@@ -95,27 +91,7 @@ class Keys:
 
     def at_terminal(self, *arguments: str, columns: int, typed: str = "") -> tuple[int, str]:
         """Run a command in a terminal; return its exit status and what the screen shows."""
-        controller, terminal = pty.openpty()
-        os.write(controller, typed.encode())
-        with subprocess.Popen(
-            (PRIVYSEAL, "keys", *arguments),
-            env={**self.environ, "COLUMNS": str(columns), "TERM": "xterm"},
-            stdin=terminal,
-            stdout=terminal,
-            stderr=terminal,
-        ) as process:
-            os.close(terminal)
-            screen = b"".join(_until_closed(controller)).decode()
-        os.close(controller)
-        return process.returncode, re.sub(r"\x1b\[[0-9;]*m", "", screen)
-
-
-def _until_closed(controller: int) -> Generator[bytes, None, None]:
-    while True:
-        try:
-            yield os.read(controller, 65_536)
-        except OSError:  # how Linux says that nobody holds the other end any more
-            return
+        return at_terminal(("keys", *arguments), self.environ, columns=columns, typed=typed)
 
 
 @pytest.fixture(scope="module")
