@@ -19,9 +19,6 @@ import pytest
 
 from keys.secret import Secret
 from service.authority.audit import (
-    MAX_QUEUED,
-    MAX_QUEUED_REFUSALS,
-    REPEAT_WINDOW,
     Action,
     AuditLog,
     AuditRecord,
@@ -30,6 +27,7 @@ from service.authority.audit import (
     StoredRecord,
     new_record_id,
 )
+from service.authority.audit.log import MAX_QUEUED, MAX_QUEUED_REFUSALS, REPEAT_WINDOW
 from service.authority.clock import DatabaseClock
 from service.authority.errors import AuditUnavailable
 from service.authority.issuer import TokenIssuer
