@@ -14,12 +14,12 @@ import structlog
 from keys.secret import Secret
 from service import metrics
 from service.authority.audit import (
-    APPEND_DEADLINE,
     AuditRecord,
     RecordFilter,
     RecordsRejected,
     StoredRecord,
 )
+from service.authority.audit.log import APPEND_DEADLINE
 from service.authority.clock import DatabaseClock
 from service.authority.errors import StoreUnavailable
 from service.authority.operators import Issuance
