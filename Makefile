@@ -65,7 +65,7 @@ LOCK := uv pip compile --quiet --universal --generate-hashes --python-version 3.
 
 lock: ## Write the locks from pyproject.toml (uv is not among them: pip install uv)
 	@command -v uv >/dev/null || { echo "uv is missing: pip install uv" >&2; exit 1; }
-	$(LOCK) --output-file requirements.lock pyproject.toml
+	$(LOCK) --extra hsm --output-file requirements.lock pyproject.toml
 	$(LOCK) --extra dev --output-file requirements-dev.lock pyproject.toml
 
 clean: ## Remove .venv and caches; var/, with its keys and records, stays

@@ -8,6 +8,7 @@ Does nothing: it opens no key, reads no clock and stores no state.
     retired, revoked                 not published; private half destroyed
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from functools import cached_property
@@ -30,6 +31,8 @@ class KeyState(StrEnum):
 
 
 PUBLISHED = frozenset({KeyState.PENDING, KeyState.ACTIVE, KeyState.RETIRING})
+MAY_SIGN = frozenset({KeyState.PENDING, KeyState.ACTIVE})
+"""The states in which a private half exists."""
 
 
 class SigningKey(Struct, frozen=True, kw_only=True):
@@ -37,6 +40,8 @@ class SigningKey(Struct, frozen=True, kw_only=True):
 
     Times are seconds since the epoch. `lifetime_cap` is the longest lifetime, in seconds, of a
     token that the key may have signed: stamped when it becomes active, enforced at each commit.
+    `released_at` is when an operator asked for the rotation away from this key: then it waits for
+    no verifier.
     """
 
     kid: str
@@ -46,6 +51,7 @@ class SigningKey(Struct, frozen=True, kw_only=True):
     signer: Signer | None = None
     activated_at: float | None = None
     rotate_at: float | None = None
+    released_at: float | None = None
     lifetime_cap: int | None = None
     publish_until: float | None = None
 
@@ -99,17 +105,25 @@ class KeyRing:
 
 
 class RotationPolicy(Struct, frozen=True, kw_only=True):
-    """When a key may sign and how long it does; all in seconds."""
+    """When a key may sign and how long it does; all in seconds.
+
+    A strict gate waits for every verifier that lacks the next key, until an operator releases it.
+    """
 
     publish_lead: float
     rotation_period: float
     lifetime_cap: int
     clock_skew: float
+    strict_gate: bool = False
 
     @property
     def gate_window(self) -> float:
         """How long, past the lead, activation waits for verifiers that lack the next key."""
-        return self.rotation_period / 10
+        return math.inf if self.strict_gate else self.rotation_period / 10
+
+    def may_sign_from(self, pending: SigningKey) -> float:
+        """Return when the next key was published long enough to sign."""
+        return pending.published_at + self.publish_lead
 
 
 class Prepare(Struct, frozen=True, kw_only=True):
@@ -146,6 +160,9 @@ def next_step(
     A key is published for at least `publish_lead` before it signs, and stays published until the
     last token that it can have signed has expired. The one exception is a ring without an active
     key: there the pending one signs at once, since until then nobody gets a token at all.
+
+    `awaited` are verifiers that are known to lack the next key. They delay a rotation, by no more
+    than the gate's window; that no token is refused rests on the lead.
     """
     if ring.pending is None:
         return Prepare()
@@ -154,15 +171,58 @@ def next_step(
     ends = [(_stamped(key.publish_until), key.kid) for key in ring.retiring]
     if ends and now >= min(ends)[0]:
         return Retire(kid=min(ends)[1])
-    due = max(
-        _stamped(ring.active.rotate_at),
-        ring.pending.published_at + policy.publish_lead,
-    )
-    if now < due:
-        return Wait(until=min([due, *(until for until, _ in ends)]))
-    if awaited and now < due + policy.gate_window:
-        return Wait(until=due + policy.gate_window, awaited=awaited)
-    return Activate(kid=ring.pending.kid)
+    due = rotation_due(ring.active, ring.pending, policy)
+    if now >= due:
+        if ring.active.released_at is not None:
+            awaited = frozenset()
+        due += policy.gate_window if awaited else 0
+        if now >= due:
+            return Activate(kid=ring.pending.kid)
+    else:
+        awaited = frozenset()
+    return Wait(until=min([due, *(until for until, _ in ends)]), awaited=awaited)
+
+
+def rotation_due(active: SigningKey, pending: SigningKey, policy: RotationPolicy) -> float:
+    """Return from when the pending key may replace the active one, but for the gate."""
+    return max(_stamped(active.rotate_at), policy.may_sign_from(pending))
+
+
+class Concern(StrEnum):
+    """What will stop a rotation, or has stopped signing, unless somebody looks."""
+
+    NO_KEY_SIGNS = "no key signs"
+    SIGNING_KEY_UNUSABLE = "the key that signs cannot be used by this process"
+    NO_NEXT_KEY = "no next key is published"
+    NEXT_KEY_UNUSABLE = "the next key cannot be used by this process"
+    VERIFIERS_AWAITED = "verifiers that lack the next key delay the rotation"
+    ROTATION_OVERDUE = "the rotation is overdue"
+
+
+def concerns(
+    ring: KeyRing, policy: RotationPolicy, now: float, awaited: frozenset[str] = frozenset()
+) -> tuple[Concern, ...]:
+    """Return what a person has to look at, weeks before a rotation fails for it."""
+    found: list[Concern] = []
+    active, pending = ring.active, ring.pending
+    if active is None:
+        found.append(Concern.NO_KEY_SIGNS)
+    elif active.signer is None:
+        found.append(Concern.SIGNING_KEY_UNUSABLE)
+    if pending is None:
+        found.append(Concern.NO_NEXT_KEY)
+    elif pending.signer is None:
+        found.append(Concern.NEXT_KEY_UNUSABLE)
+    if active is not None:
+        due = (
+            _stamped(active.rotate_at) if pending is None else rotation_due(active, pending, policy)
+        )
+        if awaited and now >= due:
+            found.append(Concern.VERIFIERS_AWAITED)
+        # A rotator that works needs seconds; a gate that is not strict ends by itself.
+        elif now >= due + policy.clock_skew:
+            found.append(Concern.ROTATION_OVERDUE)
+    return tuple(found)
 
 
 def _stamped(time: float | None) -> float:

@@ -1,9 +1,10 @@
-"""Private halves of signing keys, behind one interface, found by URI.
+"""Private halves of signing keys, behind one interface: custody is found by URI.
 
-Never shows a private key: it signs, and it seals a new key for the store.
+Never shows a private key: it makes, opens and destroys them, and signs.
 """
 
 import asyncio
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from typing import Protocol
 
@@ -22,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from msgspec import Struct
 
-from keys.envelope import EnvelopeError, KeyEncryptionKeys
+from keys.envelope import EnvelopeError, KekReader, KeyEncryptionKeys
 from keys.verifier import thumbprint
 
 LOCAL = "local:"
@@ -31,11 +32,50 @@ _PADDING = PKCS1v15()
 _HASH = SHA256()
 
 
+class CustodyError(Exception):
+    """A private half cannot be made, opened, used or destroyed; the text says why."""
+
+
+class KeptKey(Struct, frozen=True, kw_only=True):
+    """A key as the store keeps it; its private half is where `uri` says.
+
+    `sealed_private` is that half itself, under the key-encryption key, for `local:` only; it is
+    gone once the key may no longer sign.
+    """
+
+    kid: str
+    uri: str
+    public_key: RSAPublicKey
+    sealed_private: bytes | None = None
+
+
 class Signer(Protocol):
     """Signs with one private key, wherever that is."""
 
     async def sign(self, data: bytes) -> bytes:
-        """Return the RSASSA-PKCS1-v1_5 signature with SHA-256 (RFC 7518 §3.3) of `data`."""
+        """Return the RSASSA-PKCS1-v1_5 signature with SHA-256 (RFC 7518 §3.3) of `data`.
+
+        Raise CustodyError.
+        """
+        ...
+
+
+class Custody(Protocol):
+    """Where private halves live; one for each URI scheme. Each method may raise CustodyError."""
+
+    async def new_key(self, bits: int) -> KeptKey:
+        """Make an RSA key of `bits` with e = 65537. Takes up to seconds."""
+        ...
+
+    async def open(self, kept: KeptKey) -> Signer:
+        """Return the signer of a key that was made here, having compared both halves.
+
+        A key that would sign what no verifier accepts fails here and not in front of a client.
+        """
+        ...
+
+    async def destroy(self, uri: str) -> None:
+        """Destroy what this custody itself holds of a key; one that is gone is no error."""
         ...
 
 
@@ -54,26 +94,64 @@ class LocalSigner:
         )
 
 
-class NewKey(Struct, frozen=True, kw_only=True):
-    """A key that was just made: what the store keeps of it."""
+class LocalCustody:
+    """`local:`: private halves are kept by the store, sealed under a key-encryption key."""
 
-    kid: str
-    signer: str
-    public_key: RSAPublicKey
-    sealed_private: bytes
+    def __init__(self, read_keks: KekReader, executor: Executor) -> None:
+        self._read_keks = read_keks
+        self._executor = executor
+
+    async def new_key(self, bits: int) -> KeptKey:
+        """Make a key and seal its private half under the first key-encryption key."""
+        # Prime numbers take up to seconds: not on the event loop.
+        return await asyncio.to_thread(generate, bits, self._keks())
+
+    async def open(self, kept: KeptKey) -> Signer:
+        """Unseal a private half."""
+        private_key = await asyncio.to_thread(unseal, kept, self._keks())
+        return LocalSigner(private_key, self._executor)
+
+    async def destroy(self, uri: str) -> None:
+        """Nothing is held here: the store forgets the sealed half with the change of state."""
+
+    def _keks(self) -> KeyEncryptionKeys:
+        try:
+            return self._read_keks()
+        except EnvelopeError as error:
+            raise CustodyError(str(error)) from None
 
 
-def generate(bits: int, keks: KeyEncryptionKeys) -> NewKey:
-    """Make an RSA key of `bits` with e = 65537 and seal its private half. Takes up to seconds."""
-    private_key = generate_private_key(public_exponent=65537, key_size=bits)
-    kid = thumbprint(private_key.public_key())
-    der = private_key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
-    return NewKey(
-        kid=kid,
-        signer=LOCAL,
-        public_key=private_key.public_key(),
-        sealed_private=keks.seal(der, purpose=_PURPOSE, kid=kid),
-    )
+class CustodyBySchemes:
+    """Every custody of an installation: new keys go into one, and each URI finds its own.
+
+    So an installation moves from one custody to another by a rotation.
+    """
+
+    def __init__(self, new_keys_in: str, custodies: Mapping[str, Custody]) -> None:
+        """Schemes come with their colon: `local:`."""
+        self._for_new_keys = custodies[new_keys_in]
+        self._custodies = dict(custodies)
+
+    async def new_key(self, bits: int) -> KeptKey:
+        """Make a key in the custody that is for new keys."""
+        return await self._for_new_keys.new_key(bits)
+
+    async def open(self, kept: KeptKey) -> Signer:
+        """Open a key where it was made."""
+        return await self._custody_of(kept.uri).open(kept)
+
+    async def destroy(self, uri: str) -> None:
+        """Destroy a private half where it was made."""
+        await self._custody_of(uri).destroy(uri)
+
+    def _custody_of(self, uri: str) -> Custody:
+        scheme = uri.partition(":")[0] + ":"
+        if (custody := self._custodies.get(scheme)) is None:
+            raise CustodyError(
+                f"its private half is kept under {scheme}, which this process does not have: set "
+                "PRIVYSEAL_KEY_CUSTODY to where that is"
+            )
+        return custody
 
 
 def reseal(kid: str, sealed_private: bytes, keks: KeyEncryptionKeys) -> bytes:
@@ -82,33 +160,30 @@ def reseal(kid: str, sealed_private: bytes, keks: KeyEncryptionKeys) -> bytes:
     return keks.seal(der, purpose=_PURPOSE, kid=kid)
 
 
-def open_private_key(
-    uri: str, kid: str, sealed_private: bytes, public_key: RSAPublicKey, keks: KeyEncryptionKeys
-) -> RSAPrivateKey:
-    """Return the private half that is kept under `uri`; raise EnvelopeError.
+def generate(bits: int, keks: KeyEncryptionKeys) -> KeptKey:
+    """Make an RSA key of `bits` with e = 65537 and seal its private half. Takes up to seconds."""
+    private_key = generate_private_key(public_exponent=65537, key_size=bits)
+    kid = thumbprint(private_key.public_key())
+    der = private_key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+    return KeptKey(
+        kid=kid,
+        uri=LOCAL,
+        public_key=private_key.public_key(),
+        sealed_private=keks.seal(der, purpose=_PURPOSE, kid=kid),
+    )
 
-    It is compared with the public half: a key that would sign what no verifier accepts must fail
-    here and not in front of a client.
-    """
-    if uri != LOCAL:
-        raise EnvelopeError(f"key {kid} has the signer {uri}, which this release does not know")
-    der = keks.unseal(sealed_private, purpose=_PURPOSE, kid=kid)
+
+def unseal(kept: KeptKey, keks: KeyEncryptionKeys) -> RSAPrivateKey:
+    """Return the private half of a `local:` key, if it belongs to its public half."""
+    if kept.sealed_private is None:
+        raise CustodyError(f"key {kept.kid} has no private half in the store")
+    try:
+        der = keks.unseal(kept.sealed_private, purpose=_PURPOSE, kid=kept.kid)
+    except EnvelopeError as error:
+        raise CustodyError(str(error)) from None
     private_key = load_der_private_key(der, password=None)
     if not isinstance(private_key, RSAPrivateKey) or (
-        private_key.public_key().public_numbers() != public_key.public_numbers()
+        private_key.public_key().public_numbers() != kept.public_key.public_numbers()
     ):
-        raise EnvelopeError(f"key {kid}: its private half does not belong to its public half")
+        raise CustodyError(f"key {kept.kid}: its private half does not belong to its public half")
     return private_key
-
-
-def signer_for(
-    uri: str,
-    *,
-    kid: str,
-    sealed_private: bytes,
-    public_key: RSAPublicKey,
-    keks: KeyEncryptionKeys,
-    executor: Executor,
-) -> Signer:
-    """Open the signer that `uri` names; raise EnvelopeError if that cannot be done."""
-    return LocalSigner(open_private_key(uri, kid, sealed_private, public_key, keks), executor)

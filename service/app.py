@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
@@ -24,10 +24,12 @@ from litestar.types import ASGIApp, Scope
 from keys.envelope import EnvelopeError, KekReader, KeyEncryptionKeys
 from keys.keyring import RotationPolicy
 from keys.secret import Secret
+from keys.signer import LOCAL, Custody, CustodyBySchemes, LocalCustody
 from keys.verifier.jwks_client import MAX_STALE
 from service import metrics
 from service.authority.administration import Administration
 from service.authority.audit import AuditLog
+from service.authority.audit.events import EventReports
 from service.authority.clock import DatabaseClock
 from service.authority.errors import StartRefused, StoreUnavailable
 from service.authority.issuer import TokenIssuer
@@ -43,6 +45,7 @@ from service.http.admin import (
     refusal_record,
 )
 from service.http.audit import AuditRecordController
+from service.http.audit_events import AuditEventController
 from service.http.context import RequestContext
 from service.http.errors import EXCEPTION_HANDLERS
 from service.http.signing_keys import SigningKeyController
@@ -56,6 +59,7 @@ from service.http.well_known import (
 )
 from service.logging import configure_logging
 from service.settings import MAX_TOKEN_LIFETIME, RING_POLL, Settings
+from service.store.audit_events import AuditEvents
 from service.store.audit_log import AuditRecords, PostgresRecordWriter
 from service.store.database import Database, check_server
 from service.store.embedded import find_running
@@ -124,7 +128,26 @@ def rotation_policy(settings: Settings) -> RotationPolicy:
         rotation_period=settings.key_rotation_days * 86_400,
         lifetime_cap=MAX_TOKEN_LIFETIME,
         clock_skew=settings.clock_skew,
+        strict_gate=settings.rotation_gate == "strict",
     )
+
+
+def custody(settings: Settings, read_keks: KekReader, executor: Executor) -> CustodyBySchemes:
+    """Return every custody that the settings name: new keys go into KEY_CUSTODY, and `local:` is
+    always there for keys that were made before."""
+    custodies: dict[str, Custody] = {LOCAL: LocalCustody(read_keks, executor)}
+    if settings.key_custody == LOCAL:
+        return CustodyBySchemes(LOCAL, custodies)
+    try:
+        # An extra: only who has an HSM needs what speaks to it.
+        from keys.pkcs11 import PKCS11, Pkcs11Custody
+    except ModuleNotFoundError:
+        raise StartRefused(
+            "PRIVYSEAL_KEY_CUSTODY names an HSM, and what speaks to one is not installed: "
+            "pip install 'privyseal[hsm]'"
+        ) from None
+    custodies[PKCS11] = Pkcs11Custody(settings.key_custody)
+    return CustodyBySchemes(PKCS11, custodies)
 
 
 class Authority:
@@ -146,14 +169,15 @@ class Authority:
         users = ServiceUsers(self.database, clock_skew=skew)
         signing_keys = SigningKeys(self.database, clock_skew=skew)
         records = AuditRecords(self.database)
+        events = AuditEvents(self.database, clock_skew=skew)
+        kept = custody(settings, read_keks, self._signing)
         self.directory = CachedDirectory(users)
-        self.keys = LiveKeyRing(
-            store=signing_keys, read_keks=read_keks, executor=self._signing, clock=self.clock
-        )
+        self.keys = LiveKeyRing(store=signing_keys, custody=kept, clock=self.clock)
         self.rotator = KeyRotator(
             keys=self.keys,
             store=signing_keys,
-            read_keks=read_keks,
+            evidence=events,
+            custody=kept,
             policy=rotation_policy(settings),
             key_bits=settings.key_bits,
             clock=self.clock,
@@ -198,7 +222,8 @@ class Authority:
         key_administration = KeyAdministration(
             keys=self.keys,
             store=signing_keys,
-            read_keks=read_keks,
+            evidence=events,
+            custody=kept,
             operators=operators,
             policy=rotation_policy(settings),
             key_bits=settings.key_bits,
@@ -207,13 +232,21 @@ class Authority:
             max_stale=MAX_STALE,
             clock=self.clock,
         )
+        event_reports = EventReports(
+            store=events, operators=operators, clock=self.clock, clock_skew=skew
+        )
         self._schema_ready = asyncio.Event()
         self._draining = False
         self._drain_seconds = settings.drain_seconds
 
         admin_api = Router(
             "/api/v1",
-            route_handlers=[ServiceUserController, SigningKeyController, AuditRecordController],
+            route_handlers=[
+                ServiceUserController,
+                SigningKeyController,
+                AuditRecordController,
+                AuditEventController,
+            ],
             before_request=gatekeeper(operators),
             request_max_body_size=MAX_BODY,
             dependencies={
@@ -223,6 +256,7 @@ class Authority:
                 "records": _provide(records),
                 "clock": _provide(self.clock),
                 "key_administration": _provide(key_administration),
+                "event_reports": _provide(event_reports),
             },
             security=[{"bearer": []}],
         )
@@ -231,7 +265,7 @@ class Authority:
                 token_endpoint(issuer),
                 jwks_endpoint(lambda: self.keys.ring, settings.jwks_max_age),
                 *metadata_endpoints(metadata(settings.issuer), settings.jwks_max_age),
-                *health_endpoints(self.health, metrics.exposition),
+                *health_endpoints(self.health, lambda: metrics.exposition(self.rotator.figures())),
                 admin_api,
             ],
             exception_handlers={**EXCEPTION_HANDLERS},
@@ -257,7 +291,9 @@ class Authority:
             draining=self._draining,
             postgres=self.audit.available,
             ring_age_seconds=round(self.keys.age, 1) if key_ring else None,
-            signing_kid=ring.active.kid if ring.active and ring.active.signer else None,
+            can_sign=ring.active is not None and ring.active.signer is not None,
+            signing_kid=ring.active.kid if ring.active else None,
+            concerns=self.rotator.concerns() if key_ring else (),
         )
 
     @asynccontextmanager

@@ -5,8 +5,10 @@ Holds no logic, and no label whose values a caller could choose.
 
 import os
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from msgspec import Struct
 from prometheus_client import (
     REGISTRY,
     CollectorRegistry,
@@ -16,6 +18,7 @@ from prometheus_client import (
     generate_latest,
     multiprocess,
 )
+from prometheus_client.metrics_core import GaugeMetricFamily
 
 token_requests = Counter(
     "privyseal_token_requests",
@@ -62,16 +65,79 @@ clock_offset_seconds = Gauge(
 )
 ring_read_at_seconds = Gauge(
     "privyseal_ring_read_at_seconds",
-    "When the key ring was read, in the process where that is longest ago; seconds since 1970.",
-    multiprocess_mode="livemin",
+    "When each process read the key ring; seconds since 1970.",
+    multiprocess_mode="liveall",
 )
-signing_keys = Gauge(
-    "privyseal_signing_keys", "Signing keys by state.", ["state"], multiprocess_mode="livemax"
-)
+signatures = Counter("privyseal_signatures", "Tokens signed, by key.", ["kid"])
 
 
-def exposition() -> bytes:
+class KeyFigures(Struct, frozen=True, kw_only=True):
+    """A published key as a person watches it; its age is in seconds since it was published."""
+
+    kid: str
+    state: str
+    age: float
+
+
+class RingFigures(Struct, frozen=True, kw_only=True):
+    """The key ring as the answering process sees it now."""
+
+    keys: Sequence[KeyFigures]
+    can_sign: bool
+    next_activation_in: float | None
+    """Seconds; None while nobody can say."""
+    concerns: Mapping[str, bool]
+    """Every concern by name, and whether it stands."""
+
+    def families(self) -> Iterator[GaugeMetricFamily]:
+        """Return them as Prometheus gauges."""
+        age = GaugeMetricFamily(
+            "privyseal_signing_key_age_seconds",
+            "Age of each published key since its publication.",
+            labels=["kid", "state"],
+        )
+        for key in self.keys:
+            age.add_metric([key.kid, key.state], key.age)
+        yield age
+        yield GaugeMetricFamily(
+            "privyseal_can_sign",
+            "Whether the answering process has a key that may sign.",
+            value=self.can_sign,
+        )
+        if self.next_activation_in is not None:
+            yield GaugeMetricFamily(
+                "privyseal_next_activation_seconds",
+                "Seconds until the next key may sign.",
+                value=self.next_activation_in,
+            )
+        concern = GaugeMetricFamily(
+            "privyseal_signing_key_concern",
+            "1 for what will stop a rotation, or has stopped signing, unless somebody looks.",
+            labels=["concern"],
+        )
+        for name, stands in self.concerns.items():
+            concern.add_metric([name], stands)
+        yield concern
+
+
+def exposition(ring: RingFigures) -> bytes:
     """Return the metrics of all workers in the Prometheus text format."""
+    return _of_all_workers() + generate_latest(_Collected(ring))
+
+
+class _Collected(CollectorRegistry):
+    """The ring is known to every process, and its keys change: so it is no gauge of a worker,
+    whose labels would stay for ever."""
+
+    def __init__(self, ring: RingFigures) -> None:
+        super().__init__()
+        self._ring = ring
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        return self._ring.families()
+
+
+def _of_all_workers() -> bytes:
     directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if directory is None:
         return generate_latest(REGISTRY)

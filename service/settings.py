@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import msgspec
 
 from keys.secret import Secret
+from keys.signer import LOCAL
 
 PREFIX = "PRIVYSEAL_"
 
@@ -38,6 +39,7 @@ _INTEGER = re.compile(r"[0-9]{1,9}")
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 _KEY_BITS = (2048, 3072, 4096)
+_ROTATION_GATES = ("bounded", "strict")
 
 Network = IPv4Network | IPv6Network
 
@@ -68,6 +70,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     key_publish_lead: int = 86_400
     key_rotation_days: int = 30
     key_bits: int = 2048
+    key_custody: str = LOCAL
+    """Where new signing keys are made: `local:`, or a PKCS #11 URI (RFC 7512)."""
+    rotation_gate: str = "bounded"
+    """`strict`: a rotation waits for verifiers that lack the next key until an operator asks."""
     clock_skew: int = 60
     trusted_proxies: tuple[Network, ...] = ()
     drain_seconds: int = 0
@@ -168,6 +174,8 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "KEY_PUBLISH_LEAD": _integer,
     "KEY_ROTATION_DAYS": _integer,
     "KEY_BITS": _integer,
+    "KEY_CUSTODY": str,
+    "ROTATION_GATE": str.lower,
     "CLOCK_SKEW": _integer,
     "TRUSTED_PROXIES": _networks,
     "DRAIN_SECONDS": _integer,
@@ -257,6 +265,14 @@ def _key_problems(settings: Settings) -> list[str]:
         )
     if settings.key_bits not in _KEY_BITS:
         problems.append("PRIVYSEAL_KEY_BITS must be 2048, 3072 or 4096.")
+    if settings.key_custody != LOCAL and not settings.key_custody.startswith("pkcs11:"):
+        problems.append(
+            "PRIVYSEAL_KEY_CUSTODY must be local: or a PKCS #11 URI (RFC 7512), such as "
+            "pkcs11:token=privyseal?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source="
+            "/run/secrets/pin."
+        )
+    if settings.rotation_gate not in _ROTATION_GATES:
+        problems.append(f"PRIVYSEAL_ROTATION_GATE must be {' or '.join(_ROTATION_GATES)}.")
     return problems
 
 

@@ -13,7 +13,9 @@ from msgspec import UNSET, Struct
 
 from keys.keyring import KeyRing, SigningKey
 from keys.secret import Secret
+from keys.signer import CustodyError
 from keys.token import Actor, Claims, UnsignedToken, unsigned_token
+from service import metrics
 from service.authority.audit import (
     Action,
     AuditLog,
@@ -104,6 +106,7 @@ class Grant(Struct, frozen=True, kw_only=True):
         assert self.key.signer is not None
         async with asyncio.timeout(SIGN_DEADLINE):
             signature = await self.key.signer.sign(self.unsigned.signing_input)
+        metrics.signatures.labels(self.key.kid).inc()
         return AccessToken(
             token=Secret(self.unsigned.signed(signature)),
             jti=self.claims.jti,
@@ -210,7 +213,7 @@ class TokenIssuer:
                     )
                     if recorded:
                         return token
-        except (StoreUnavailable, AuditUnavailable, TimeoutError) as error:
+        except (StoreUnavailable, AuditUnavailable, CustodyError, TimeoutError) as error:
             raise TemporarilyUnavailable(str(error) or "no signature in time") from error
         raise TemporarilyUnavailable("what was decided on changed twice while it was decided")
 

@@ -3,7 +3,6 @@
 The scheduled life of a key is `key_rotation.py`'s; its states are `keys/keyring.py`'s.
 """
 
-import asyncio
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -11,11 +10,17 @@ from typing import Any
 import structlog
 from msgspec import Struct
 
-from keys.envelope import EnvelopeError, KekReader
 from keys.keyring import KeyState, RotationPolicy, SigningKey
-from keys.signer import generate
+from keys.signer import Custody, CustodyError, KeptKey
 from service.authority.audit import Action, AuditRecord, Outcome, new_record_id, personal
-from service.authority.errors import Conflict, NotFound, StoreUnavailable
+from service.authority.errors import (
+    AdminRefusal,
+    Conflict,
+    NotFound,
+    StoreUnavailable,
+    TemporarilyUnavailable,
+)
+from service.authority.evidence import Evidence, VerifierInstance
 from service.authority.key_rotation import LiveKeyRing, SigningKeyStore, TokenHolder
 from service.authority.model import AdminScope, ClientAddress, Clock
 from service.authority.operators import Operator, Operators
@@ -24,11 +29,15 @@ log = structlog.stdlib.get_logger()
 
 
 class Rotation(Struct, frozen=True, kw_only=True):
-    """A rotation that was asked for: which key signs, which one will, and from when it may."""
+    """A rotation that was asked for: which key signs, which one will, and from when it may.
+
+    It will not wait for `missing`: verifiers heard from lately that had not loaded the next key.
+    """
 
     signing_kid: str
     next_kid: str
     may_sign_from: datetime
+    missing: list[VerifierInstance]
 
 
 class Revocation(Struct, frozen=True, kw_only=True):
@@ -56,7 +65,8 @@ class KeyAdministration:
         *,
         keys: LiveKeyRing,
         store: SigningKeyStore,
-        read_keks: KekReader,
+        evidence: Evidence,
+        custody: Custody,
         operators: Operators,
         policy: RotationPolicy,
         key_bits: int,
@@ -67,7 +77,8 @@ class KeyAdministration:
     ) -> None:
         self._keys = keys
         self._store = store
-        self._read_keks = read_keks
+        self._evidence = evidence
+        self._custody = custody
         self._operators = operators
         self._policy = policy
         self._key_bits = key_bits
@@ -85,7 +96,13 @@ class KeyAdministration:
         """Return from when a pending key may sign: the lead is over then."""
         if key.state is not KeyState.PENDING:
             return None
-        return _datetime(key.published_at + self._policy.publish_lead)
+        return _datetime(self._policy.may_sign_from(key))
+
+    async def verifiers(self, operator: Operator) -> Sequence[VerifierInstance]:
+        """Return the verifiers heard from lately, and whether they have loaded the next key."""
+        operator.require(AdminScope.SIGNING_KEYS_READ)
+        pending = self._keys.ring.pending
+        return [] if pending is None else await self._evidence.instances(pending.kid)
 
     async def rotate(self, operator: Operator, reason: str, origin: ClientAddress) -> Rotation:
         """Let the next key sign as soon as it was published long enough, schedule or not."""
@@ -100,11 +117,12 @@ class KeyAdministration:
             )
             if not await self._store.hasten_rotation(ring.active.kid, record):
                 return None
-            may_sign_from = _datetime(ring.pending.published_at + self._policy.publish_lead)
+            heard = await self._evidence.instances(ring.pending.kid)
             return Rotation(
                 signing_kid=ring.active.kid,
                 next_kid=ring.pending.kid,
-                may_sign_from=may_sign_from,
+                may_sign_from=_datetime(self._policy.may_sign_from(ring.pending)),
+                missing=[each for each in heard if not each.has_loaded],
             )
 
         return await self._operators.decided_on_current(operator, act)
@@ -140,12 +158,9 @@ class KeyAdministration:
         database or host. The new ones are sealed under the first key of KEK_FILE."""
         operator.require(AdminScope.SIGNING_KEYS_REVOKE)
         try:
-            keks = self._read_keks()
-        except EnvelopeError as error:
+            signing, following = [await self._custody.new_key(self._key_bits) for _ in range(2)]
+        except CustodyError as error:
             raise Conflict(str(error)) from error
-        signing, following = [
-            await asyncio.to_thread(generate, self._key_bits, keks) for _ in range(2)
-        ]
 
         async def act(operator: Operator) -> list[str] | None:
             operator.require(AdminScope.SIGNING_KEYS_REVOKE)
@@ -161,12 +176,24 @@ class KeyAdministration:
             done = await self._store.revoke_all(kids, signing, following, self._policy, record)
             return kids if done else None
 
-        revoked = await self._operators.decided_on_current(operator, act)
+        try:
+            revoked = await self._operators.decided_on_current(operator, act)
+        except (AdminRefusal, TemporarilyUnavailable):
+            # Certainly not in use; after any other failure nobody can say that.
+            await self._discard(signing, following)
+            raise
         advice = (
             "The new keys are sealed under the first key of KEK_FILE. If that one could have "
             "leaked, put a new one first and revoke all again."
         )
         return await self._revocation(revoked, advice)
+
+    async def _discard(self, *made: KeptKey) -> None:
+        for key in made:
+            try:
+                await self._custody.destroy(key.uri)
+            except CustodyError as error:
+                log.error("private_half_not_destroyed", kid=key.kid, error=str(error))
 
     async def _revocation(self, kids: list[str], advice: str) -> Revocation:
         """Say what follows. The act is committed: what cannot be read now must not hide that."""
@@ -208,6 +235,17 @@ class KeyAdministration:
             **operator.as_actor(),
             **personal(origin),
         )
+
+
+def rewrap_record(kid: str, now: float) -> AuditRecord:
+    """Return the record of a private half that is sealed under another key-encryption key."""
+    return AuditRecord(
+        id=new_record_id(now),
+        action=Action.SIGNING_KEY_REWRAP,
+        outcome=Outcome.SUCCESS,
+        actor="privyseal keys rewrap",
+        kid=kid,
+    )
 
 
 def _datetime(seconds: float) -> datetime:

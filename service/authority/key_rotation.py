@@ -6,42 +6,48 @@ Decides nothing itself: `keys/keyring.py` does, and the database's guards have t
 import asyncio
 import random
 from collections.abc import Sequence
-from concurrent.futures import Executor
+from contextlib import AbstractAsyncContextManager
 from datetime import datetime
-from typing import Protocol
+from typing import Any, Final, Protocol
 
 import msgspec
 import structlog
 from msgspec import Struct
 
-from keys.envelope import EnvelopeError, KekReader
 from keys.keyring import (
+    MAY_SIGN,
     Activate,
+    Concern,
     KeyRing,
-    KeyState,
     Prepare,
     Retire,
     RotationPolicy,
     SigningKey,
     Step,
     Wait,
+    concerns,
     next_step,
+    rotation_due,
 )
-from keys.signer import NewKey, Signer, generate, signer_for
+from keys.signer import Custody, CustodyError, KeptKey, Signer
 from service import metrics
 from service.authority.audit import Action, AuditRecord, Outcome, new_record_id
 from service.authority.errors import StoreUnavailable
+from service.authority.evidence import Evidence
 from service.authority.model import Clock
 
 log = structlog.stdlib.get_logger()
 
 
+MAX_NAMED: Final = 50
+"""Of the verifiers that a rotation did not wait for, so many are named on record."""
+
+
 class StoredKey(Struct, frozen=True, kw_only=True):
-    """A key as the store has it: its private half sealed, or gone."""
+    """A key as the store has it: where it stands in its life, and where its private half is."""
 
     key: SigningKey
-    signer: str
-    sealed_private: bytes | None
+    kept: KeptKey
 
 
 class TokenHolder(Struct, frozen=True, kw_only=True):
@@ -61,7 +67,11 @@ class SigningKeyStore(Protocol):
         """Return the pending, active and retiring keys; raise StoreUnavailable."""
         ...
 
-    async def prepare(self, key: NewKey, record: AuditRecord) -> bool: ...
+    def elected(self) -> AbstractAsyncContextManager[bool]:
+        """Enter with True if no other process is inside: so that one alone makes a key."""
+        ...
+
+    async def prepare(self, key: KeptKey, record: AuditRecord) -> bool: ...
 
     async def activate(
         self, kid: str, active_kid: str | None, policy: RotationPolicy, record: AuditRecord
@@ -78,11 +88,18 @@ class SigningKeyStore(Protocol):
     async def revoke_all(
         self,
         kids: Sequence[str],
-        signing: NewKey,
-        following: NewKey,
+        signing: KeptKey,
+        following: KeptKey,
         policy: RotationPolicy,
         record: AuditRecord,
     ) -> bool: ...
+
+    async def doomed(self) -> Sequence[tuple[str, str]]:
+        """Return kid and URI of the keys that may sign no more and are not known to be destroyed
+        where they were made."""
+        ...
+
+    async def destroyed(self, kid: str, record: AuditRecord) -> bool: ...
 
     async def holders(self, kids: Sequence[str]) -> Sequence[TokenHolder]: ...
 
@@ -94,13 +111,11 @@ class LiveKeyRing:
         self,
         *,
         store: SigningKeyStore,
-        read_keks: KekReader,
-        executor: Executor,
+        custody: Custody,
         clock: Clock,
     ) -> None:
         self._store = store
-        self._read_keks = read_keks
-        self._executor = executor
+        self._custody = custody
         self._clock = clock
         self._signers: dict[str, Signer] = {}
         self._ring = KeyRing()
@@ -142,33 +157,23 @@ class LiveKeyRing:
     async def _load(self, read: int) -> None:
         read_at = self._clock()
         stored = await self._store.published_keys()
-        self._ring = KeyRing([self._opened(each) for each in stored])
+        self._ring = KeyRing([await self._opened(each) for each in stored])
         self._signers = {kid: s for kid, s in self._signers.items() if kid in self._kids()}
         self._read, self._read_at = read, read_at
         self.loaded = True
         metrics.ring_read_at_seconds.set(read_at)
-        for state in KeyState:
-            count = sum(key.state is state for key in self._ring.keys)
-            metrics.signing_keys.labels(state).set(count)
 
     def _kids(self) -> frozenset[str]:
         return frozenset(key.kid for key in self._ring.keys if key.signer is not None)
 
-    def _opened(self, stored: StoredKey) -> SigningKey:
+    async def _opened(self, stored: StoredKey) -> SigningKey:
         key = stored.key
-        if stored.sealed_private is None:
+        if key.state not in MAY_SIGN:
             return key
         if (signer := self._signers.get(key.kid)) is None:
             try:
-                signer = signer_for(
-                    stored.signer,
-                    kid=key.kid,
-                    sealed_private=stored.sealed_private,
-                    public_key=key.public_key,
-                    keks=self._read_keks(),
-                    executor=self._executor,
-                )
-            except EnvelopeError as error:
+                signer = await self._custody.open(stored.kept)
+            except CustodyError as error:
                 log.error("signing_key_unusable", kid=key.kid, state=key.state, error=str(error))
                 return key
             self._signers[key.kid] = signer
@@ -183,23 +188,30 @@ class KeyRotator:
         *,
         keys: LiveKeyRing,
         store: SigningKeyStore,
-        read_keks: KekReader,
+        evidence: Evidence,
+        custody: Custody,
         policy: RotationPolicy,
         key_bits: int,
         clock: Clock,
     ) -> None:
         self._keys = keys
         self._store = store
-        self._read_keks = read_keks
+        self._evidence = evidence
+        self._custody = custody
         self._policy = policy
         self._key_bits = key_bits
         self._clock = clock
+        self._found: tuple[Concern, ...] = ()
+        self._warned: list[Concern] = []
+        self.awaited: frozenset[str] = frozenset()
+        """The verifiers that lacked the next key when this process last looked."""
 
     async def run(self, poll: float) -> None:
         """Re-read the ring every `poll` seconds and take what is due, until cancelled."""
         while True:
             try:
                 await self.tick()
+                await self._destroy()
             except StoreUnavailable as error:
                 log.warning("ring_not_read", error=str(error), age_s=round(self._keys.age))
             # Processes that started together must not ask together for ever.
@@ -210,31 +222,75 @@ class KeyRotator:
         ring = await self._keys.fresh()
         refused: tuple[Step, KeyRing] | None = None
         while True:
-            step = next_step(ring, self._policy, self._clock())
+            self.awaited = await self._lacking(ring)
+            step = next_step(ring, self._policy, self._clock(), self.awaited)
             # Refused twice on the same ring: the database's clock says not yet. If the ring has
             # changed, another process was only faster.
             if isinstance(step, Wait) or (step, ring) == refused:
+                self._warn()
                 return step
             refused = None if await self._take(step, ring) else (step, ring)
             ring = await self._keys.fresh()
 
+    def concerns(self) -> tuple[Concern, ...]:
+        """Return what a person has to look at, as this process sees it now."""
+        return concerns(self._keys.ring, self._policy, self._clock(), self.awaited)
+
+    def figures(self) -> metrics.RingFigures:
+        """Return what `/metrics` shows of the ring, as this process sees it now."""
+        ring, now = self._keys.ring, self._clock()
+        found = self.concerns()
+        next_activation_in = None
+        if ring.active and ring.pending:
+            due = rotation_due(ring.active, ring.pending, self._policy)
+            next_activation_in = max(due - now, 0.0)
+        return metrics.RingFigures(
+            keys=[
+                metrics.KeyFigures(kid=key.kid, state=key.state, age=now - key.published_at)
+                for key in ring.keys
+            ],
+            can_sign=ring.active is not None and ring.active.signer is not None,
+            next_activation_in=next_activation_in,
+            concerns={each.name.lower(): each in found for each in Concern},
+        )
+
+    async def _lacking(self, ring: KeyRing) -> frozenset[str]:
+        """Return which verifiers are known to lack the next key, where that could matter."""
+        if ring.active is None or ring.pending is None:
+            return frozenset()
+        if self._clock() < rotation_due(ring.active, ring.pending, self._policy):
+            return frozenset()
+        instances = await self._evidence.instances(ring.pending.kid)
+        return frozenset(
+            f"{each.service_user}/{each.instance}" for each in instances if not each.has_loaded
+        )
+
+    def _warn(self) -> None:
+        """Log what stood at the last look too: what another process is just mending does not."""
+        found = self.concerns()
+        standing = [each for each in found if each in self._found]
+        self._found = found
+        if standing != self._warned:
+            self._warned = standing
+            if standing:
+                log.warning("signing_keys_need_attention", concerns=[*map(str, standing)])
+
     async def _take(self, step: Prepare | Activate | Retire, ring: KeyRing) -> bool:
         match step:
             case Prepare():
-                # Prime numbers take up to seconds: not on the event loop.
-                try:
-                    key = await asyncio.to_thread(generate, self._key_bits, self._read_keks())
-                except EnvelopeError as error:
-                    # None can be sealed; those that are there go on.
-                    log.error("signing_key_not_made", error=str(error))
-                    return False
-                kid = key.kid
-                record = self._record(Action.SIGNING_KEY_PREPARE, kid, "no next key")
-                taken = await self._store.prepare(key, record)
+                return await self._prepare()
             case Activate(kid=kid):
                 active = ring.active.kid if ring.active else None
-                cause = "due" if active else "no key signs"
-                record = self._record(Action.SIGNING_KEY_ACTIVATE, kid, cause)
+                cause = "no key signs"
+                if ring.active:
+                    cause = "due" if ring.active.released_at is None else "asked for by an operator"
+                record = self._record(
+                    Action.SIGNING_KEY_ACTIVATE,
+                    kid,
+                    cause,
+                    not_awaited=sorted(self.awaited)[:MAX_NAMED],
+                    not_awaited_count=len(self.awaited),
+                )
                 taken = await self._store.activate(kid, active, self._policy, record)
             case Retire(kid=kid):
                 record = self._record(Action.SIGNING_KEY_RETIRE, kid, "its last token ended")
@@ -243,12 +299,43 @@ class KeyRotator:
             log.info("signing_key_step", step=type(step).__name__.lower(), kid=kid)
         return taken
 
-    def _record(self, action: Action, kid: str, cause: str) -> AuditRecord:
+    async def _prepare(self) -> bool:
+        """Make and publish the next key; elected first, so that no other process makes one too."""
+        async with self._store.elected() as elected:
+            if not elected or (await self._keys.fresh()).pending is not None:
+                return False
+            try:
+                key = await self._custody.new_key(self._key_bits)
+            except CustodyError as error:
+                # None can be made; those that are there go on.
+                log.error("signing_key_not_made", error=str(error))
+                return False
+            record = self._record(Action.SIGNING_KEY_PREPARE, key.kid, "no next key")
+            if await self._store.prepare(key, record):
+                log.info("signing_key_step", step="prepare", kid=key.kid)
+                return True
+            await self._custody.destroy(key.uri)
+            return False
+
+    async def _destroy(self) -> None:
+        """Destroy, where they were made, the private halves that may sign no more; again at each
+        tick until that is confirmed."""
+        for kid, uri in await self._store.doomed():
+            try:
+                await self._custody.destroy(uri)
+            except CustodyError as error:
+                log.error("private_half_not_destroyed", kid=kid, error=str(error))
+                continue
+            record = self._record(Action.SIGNING_KEY_DESTROY, kid, "it may sign no more")
+            if await self._store.destroyed(kid, record):
+                log.info("signing_key_step", step="destroy", kid=kid)
+
+    def _record(self, action: Action, kid: str, cause: str, **details: Any) -> AuditRecord:
         return AuditRecord(
             id=new_record_id(self._clock()),
             action=action,
             outcome=Outcome.SUCCESS,
             actor="privyseal",
             kid=kid,
-            details={"cause": cause},
+            details={"cause": cause, **{name: fact for name, fact in details.items() if fact}},
         )

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
@@ -27,7 +28,9 @@ import click
 import structlog
 
 from keys.envelope import EnvelopeError, KeyEncryptionKeys, new_kek_line
+from keys.keyring import MAY_SIGN
 from keys.secret import Secret
+from keys.signer import LOCAL, CustodyError
 from service.authority.errors import AdminRefusal, Conflict, StartRefused, StoreUnavailable
 from service.logging import configure_logging
 from service.settings import Settings, SettingsError, warnings
@@ -49,6 +52,7 @@ _FAILURES: Final = (
     StartRefused,
     MigrationRefused,
     EnvelopeError,
+    CustodyError,
     StoreUnavailable,
     asyncpg.PostgresError,
 )
@@ -266,11 +270,16 @@ def _read_keks(settings: Settings) -> KeyEncryptionKeys:
 
 async def _preflight(settings: Settings) -> None:
     """Raise StartRefused for what would break a promise; Postgres away is no reason."""
-    keks = _read_keks(settings)
+    _read_keks(settings)
     try:
         await check_server(_dsn(settings))
         await _check_schema(settings)
-        await _check_keys(settings, keks)
+        for uri, trouble in await _unusable_keys(settings):
+            # An HSM that is away comes back, and until then the keys are published.
+            if uri != LOCAL:
+                log.warning("starting_without_hsm", error=trouble)
+                continue
+            raise StartRefused(trouble)
     except StoreUnavailable as error:
         log.warning("starting_without_postgres", error=str(error))
 
@@ -322,29 +331,35 @@ async def _check_schema(settings: Settings) -> str:
     return "that of this release"
 
 
-async def _check_keys(settings: Settings, keks: KeyEncryptionKeys | None = None) -> str:
-    """Open every sealed key: a wrong KEK must show now, not when the key has to sign."""
-    from keys.signer import open_private_key
+async def _check_keys(settings: Settings) -> str:
+    """Open every key: a wrong KEK must show now, not when the key has to sign."""
+    _read_keks(settings)
+    unusable = await _unusable_keys(settings)
+    if unusable:
+        raise StartRefused("\n".join(trouble for _, trouble in unusable))
+    return f"all open, with {settings.kek_path}"
+
+
+async def _unusable_keys(settings: Settings) -> list[tuple[str, str]]:
+    """Return where each key is kept that should sign, now or next, and cannot be used; and why."""
+    from service.app import custody, kek_reader
     from service.store.database import Database
     from service.store.signing_keys import SigningKeys
 
-    keks = keks or _read_keks(settings)
-    async with Database(_dsn(settings), application_name="privyseal command") as database:
-        stored = await SigningKeys(database, clock_skew=settings.clock_skew).published_keys()
-    opened = 0
-    for each in stored:
-        if each.sealed_private is None:
-            continue
-        try:
-            open_private_key(
-                each.signer, each.key.kid, each.sealed_private, each.key.public_key, keks
-            )
-        except EnvelopeError as error:
-            raise StartRefused(
-                f"Signing keys cannot be opened with {settings.kek_path}: {error}."
-            ) from None
-        opened += 1
-    return f"{opened} of {len(stored)} published keys open with {settings.kek_path}"
+    unusable: list[tuple[str, str]] = []
+    with ThreadPoolExecutor(1) as executor:
+        kept = custody(settings, kek_reader(settings.kek_path), executor)
+        async with Database(_dsn(settings), application_name="privyseal command") as database:
+            stored = await SigningKeys(database, clock_skew=settings.clock_skew).published_keys()
+        for each in stored:
+            if each.key.state not in MAY_SIGN:
+                continue
+            try:
+                await kept.open(each.kept)
+            except CustodyError as error:
+                trouble = f"The {each.key.state} signing key cannot be used: {error}."
+                unusable.append((each.kept.uri, trouble))
+    return unusable
 
 
 async def _check_clock(settings: Settings) -> str:
@@ -398,6 +413,7 @@ async def _bootstrapped(
 
 async def _rewrapped(settings: Settings) -> None:
     from keys.signer import reseal
+    from service.authority.key_administration import rewrap_record
     from service.store.database import Database
     from service.store.signing_keys import SigningKeys
 
@@ -405,15 +421,18 @@ async def _rewrapped(settings: Settings) -> None:
     async with Database(_dsn(settings), application_name="privyseal rewrap") as database:
         store = SigningKeys(database, clock_skew=settings.clock_skew)
         sealed = [
-            (each.key.kid, each.sealed_private)
+            (each.key.kid, each.kept.sealed_private)
             for each in await store.published_keys()
-            if each.sealed_private is not None
+            if each.kept.sealed_private is not None
         ]
+        async with database.connection() as connection:
+            now = await connection.fetchval("SELECT extract(epoch FROM clock_timestamp())::float8")
         changed = False
         for number, (kid, before) in enumerate(sealed, start=1):
             state = "is under the first key already"
             if not keks.seals(before):
-                done = await store.reseal(kid, before, reseal(kid, before, keks))
+                record = rewrap_record(kid, now)
+                done = await store.reseal(kid, before, reseal(kid, before, keks), record)
                 state = "rewrapped" if done else "changed meanwhile"
                 changed = changed or not done
             click.echo(f"{number} of {len(sealed)}  {kid}  {state}")

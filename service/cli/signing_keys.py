@@ -68,6 +68,9 @@ def list_(as_json: bool) -> None:
         wide=("may_sign_from", "publish_until"),
         nothing="No signing key is published yet.",
     )
+    following = next((key for key in found if key["verifiers"] is not None), None)
+    if following is not None and following["verifiers"]:
+        _print_missing(following["verifiers"])
 
 
 @keys.command(context_settings=_KID_MAY_BEGIN_WITH_A_DASH)
@@ -85,8 +88,11 @@ def show(kid: str, as_json: bool) -> None:
         )
     if as_json:
         print_json(key)
-    else:
-        print_fields(key)
+        return
+    verifiers = key.pop("verifiers")
+    print_fields(key)
+    if verifiers:
+        _print_missing(verifiers)
 
 
 @keys.command()
@@ -103,7 +109,12 @@ def rotate(reason: str, as_json: bool) -> None:
     if as_json:
         print_json(rotation)
         return
+    missing = rotation.pop("missing")
     print_fields(rotation)
+    if missing:
+        _explain("It does not wait for these verifiers, which had not loaded the next key:")
+        click.echo()
+        _print_verifiers(missing)
     click.echo("\nThe next key takes over within seconds of that time, by itself.", err=True)
 
 
@@ -160,6 +171,23 @@ def revoke(kid: str | None, every: bool, reason: str, yes: bool, as_json: bool) 
     _print_holders(revocation["holders"])
     if revocation["advice"]:
         _explain(revocation["advice"])
+
+
+def _print_missing(verifiers: list[Json]) -> None:
+    missing = [each for each in verifiers if not each["has_loaded"]]
+    heard = f"{len(verifiers)} verifier{'s' * (len(verifiers) > 1)} heard from in two hours"
+    if not missing:
+        _explain(f"The next key is loaded by every one of the {heard}.")
+        return
+    _explain(f"The next key is not loaded yet by {len(missing)} of the {heard}:")
+    click.echo()
+    _print_verifiers(missing)
+
+
+def _print_verifiers(missing: list[Json]) -> None:
+    print_table(
+        missing, ("service_user", "instance", "last_heard_at"), wide=("missing_since",), nothing=""
+    )
 
 
 def _print_holders(holders: list[Json] | None) -> None:

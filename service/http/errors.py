@@ -172,7 +172,7 @@ def http_error(request: AnyRequest, error: HTTPException) -> Response[bytes]:
     phrases: dict[int, str] = {
         HTTPStatus.NOT_FOUND: "There is no such resource.",
         HTTPStatus.METHOD_NOT_ALLOWED: "This resource does not have that method.",
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "The body is larger than 64 KiB.",
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "The body is larger than this resource takes.",
     }
     detail = phrases.get(error.status_code, "The request could not be read.")
     return problem(request, error.status_code, detail, headers=error.headers)

@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 
 from keys.keyring import KeyState, SigningKey
 from service.authority.audit import Action
+from service.authority.evidence import VerifierInstance
 from service.authority.key_administration import KeyAdministration, Revocation, Rotation
 from service.authority.model import PRINTABLE
 from service.authority.operators import Operator
@@ -42,6 +43,8 @@ class SigningKeyBody(Struct, frozen=True, kw_only=True):
     activated_at: datetime | None
     rotate_at: datetime | None
     publish_until: datetime | None
+    verifiers: list[VerifierInstance] | None
+    """Of the next key: the verifiers heard from in the last two hours, and whether they have it."""
 
 
 class SigningKeyList(Struct, frozen=True, kw_only=True):
@@ -70,8 +73,11 @@ class SigningKeyController(Controller):
     ) -> SigningKeyList:
         """List the published keys: the next one, the one that signs, those that did."""
         keys = await key_administration.published(operator)
+        verifiers = list(await key_administration.verifiers(operator))
         return SigningKeyList(
-            signing_keys=[_shown(key, key_administration.may_sign_from(key)) for key in keys]
+            signing_keys=[
+                _shown(key, key_administration.may_sign_from(key), verifiers) for key in keys
+            ]
         )
 
     @post("/rotate", status_code=200, opt={"action": Action.SIGNING_KEY_ROTATE})
@@ -109,7 +115,9 @@ class SigningKeyController(Controller):
         return await key_administration.revoke(operator, kid, data.reason, origin_of(request.scope))
 
 
-def _shown(key: SigningKey, may_sign_from: datetime | None) -> SigningKeyBody:
+def _shown(
+    key: SigningKey, may_sign_from: datetime | None, verifiers: list[VerifierInstance]
+) -> SigningKeyBody:
     return SigningKeyBody(
         kid=key.kid,
         state=key.state,
@@ -119,6 +127,7 @@ def _shown(key: SigningKey, may_sign_from: datetime | None) -> SigningKeyBody:
         activated_at=_optional_datetime(key.activated_at),
         rotate_at=_optional_datetime(key.rotate_at),
         publish_until=_optional_datetime(key.publish_until),
+        verifiers=verifiers if key.state is KeyState.PENDING else None,
     )
 
 

@@ -15,7 +15,7 @@ from litestar.types import Receive, Scope, Send
 from msgspec import Struct
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from keys.keyring import KeyRing
+from keys.keyring import Concern, KeyRing
 
 JWKS_PATH: Final = "/.well-known/jwks.json"
 METADATA_PATH: Final = "/.well-known/oauth-authorization-server"
@@ -33,7 +33,10 @@ class Health(Struct, frozen=True, kw_only=True):
     draining: bool
     postgres: bool
     ring_age_seconds: float | None
+    can_sign: bool
     signing_kid: str | None
+    concerns: tuple[Concern, ...]
+    """What a person has to look at; none of it takes the process out of rotation."""
 
 
 def metadata(issuer: str) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 Opens no private key and decides no step.
 """
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 
 import asyncpg
@@ -15,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from keys.keyring import KeyState, RotationPolicy, SigningKey
-from keys.signer import NewKey
+from keys.signer import KeptKey
 from service.authority.audit import AuditRecord
 from service.authority.key_rotation import StoredKey, TokenHolder
 from service.store.database import Database, fetch_durable
@@ -23,7 +24,7 @@ from service.store.service_users import as_json
 
 SELECT_PUBLISHED = """
 SELECT kid, state, signer, public_der, sealed_private, published_at, activated_at, rotate_at,
-       lifetime_cap, publish_until
+       released_at, lifetime_cap, publish_until
   FROM signing_keys WHERE state IN ('pending', 'active', 'retiring')
 """
 
@@ -33,7 +34,15 @@ RETIRE = "SELECT retire_key_1($1, $2, $3)"
 HASTEN_ROTATION = "SELECT hasten_rotation_1($1, $2, $3)"
 REVOKE = "SELECT revoke_key_1($1, $2, $3, $4, $5, $6)"
 REVOKE_ALL = "SELECT revoke_all_keys_1($1, $2, $3, $4, $5, $6, $7)"
-RESEAL = "SELECT reseal_key_1($1, $2, $3)"
+RESEAL = "SELECT reseal_key_2($1, $2, $3, $4, $5)"
+DESTROYED = "SELECT key_destroyed_1($1, $2, $3)"
+ELECT = "SELECT pg_try_advisory_lock(7709, 2)"
+RESIGN = "SELECT pg_advisory_unlock(7709, 2)"
+
+SELECT_DOOMED = """
+SELECT kid, signer FROM signing_keys
+ WHERE state IN ('retiring', 'retired', 'revoked') AND signer <> 'local:' AND destroyed_at IS NULL
+"""
 
 SELECT_HOLDERS = """
 SELECT service_user_id, max(service_user) AS service_user, count(*) AS count,
@@ -59,7 +68,18 @@ class SigningKeys:
         async with self._database.connection() as connection:
             return [_stored_key(row) for row in await connection.fetch(SELECT_PUBLISHED)]
 
-    async def prepare(self, key: NewKey, record: AuditRecord) -> bool:
+    @asynccontextmanager
+    async def elected(self) -> AsyncGenerator[bool, None]:
+        """Enter with True if no other process is inside."""
+        async with self._database.connection() as connection:
+            elected = await connection.fetchval(ELECT) is True
+            try:
+                yield elected
+            finally:
+                if elected:
+                    await connection.fetchval(RESIGN)
+
+    async def prepare(self, key: KeptKey, record: AuditRecord) -> bool:
         """Publish the next key, unless one stands ready."""
         return await self._call(PREPARE, _as_row(key), as_json(record), self._clock_skew)
 
@@ -83,7 +103,7 @@ class SigningKeys:
         return await self._call(RETIRE, kid, as_json(record), self._clock_skew)
 
     async def hasten_rotation(self, active_kid: str, record: AuditRecord) -> bool:
-        """Let the rotation away from `active_kid` be due now."""
+        """Let the rotation away from `active_kid` be due now, and wait for no verifier."""
         return await self._call(HASTEN_ROTATION, active_kid, as_json(record), self._clock_skew)
 
     async def revoke(self, key: SigningKey, policy: RotationPolicy, record: AuditRecord) -> bool:
@@ -101,8 +121,8 @@ class SigningKeys:
     async def revoke_all(
         self,
         kids: Sequence[str],
-        signing: NewKey,
-        following: NewKey,
+        signing: KeptKey,
+        following: KeptKey,
         policy: RotationPolicy,
         record: AuditRecord,
     ) -> bool:
@@ -125,23 +145,33 @@ class SigningKeys:
             rows = await connection.fetch(SELECT_HOLDERS, list(kids))
         return [TokenHolder(**row) for row in rows]
 
-    async def reseal(self, kid: str, before: bytes, after: bytes) -> bool:
+    async def doomed(self) -> Sequence[tuple[str, str]]:
+        """Return kid and URI of the keys that may sign no more and are not known to be destroyed
+        where they were made. Sealed halves are not among them: those went with the state."""
+        async with self._database.connection() as connection:
+            return [(row["kid"], row["signer"]) for row in await connection.fetch(SELECT_DOOMED)]
+
+    async def destroyed(self, kid: str, record: AuditRecord) -> bool:
+        """Note that a private half is destroyed where it was made."""
+        return await self._call(DESTROYED, kid, as_json(record), self._clock_skew)
+
+    async def reseal(self, kid: str, before: bytes, after: bytes, record: AuditRecord) -> bool:
         """Put `after` in the place of the sealed private half `before`, if that is still there."""
-        return await self._call(RESEAL, kid, before, after)
+        return await self._call(RESEAL, kid, before, after, as_json(record), self._clock_skew)
 
     async def _call(self, function: str, *arguments: object) -> bool:
         async with self._database.connection() as connection:
             return await fetch_durable(connection, function, *arguments) is True
 
 
-def _as_row(key: NewKey) -> str:
+def _as_row(key: KeptKey) -> str:
     der = key.public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return as_json(
         {
             "kid": key.kid,
-            "signer": key.signer,
+            "signer": key.uri,
             "public_der": "\\x" + der.hex(),
-            "sealed_private": "\\x" + key.sealed_private.hex(),
+            "sealed_private": key.sealed_private and "\\x" + key.sealed_private.hex(),
         }
     )
 
@@ -157,11 +187,16 @@ def _stored_key(row: asyncpg.Record) -> StoredKey:
             published_at=row["published_at"].timestamp(),
             activated_at=_seconds(row["activated_at"]),
             rotate_at=_seconds(row["rotate_at"]),
+            released_at=_seconds(row["released_at"]),
             lifetime_cap=row["lifetime_cap"],
             publish_until=_seconds(row["publish_until"]),
         ),
-        signer=row["signer"],
-        sealed_private=row["sealed_private"],
+        kept=KeptKey(
+            kid=row["kid"],
+            uri=row["signer"],
+            public_key=public_key,
+            sealed_private=row["sealed_private"],
+        ),
     )
 
 

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
 from litestar.types import ASGIApp
 
 from keys.envelope import KeyEncryptionKeys, new_kek_line
-from keys.signer import LOCAL, NewKey
+from keys.signer import LOCAL, KeptKey
 from keys.verifier import thumbprint
 from service.app import Authority, rotation_policy
 from service.authority.administration import first_operator
@@ -242,12 +242,12 @@ async def _set_up(
     return user.id, secret.reveal()
 
 
-def _sealed(key: RSAPrivateKey, keks: KeyEncryptionKeys) -> NewKey:
+def _sealed(key: RSAPrivateKey, keks: KeyEncryptionKeys) -> KeptKey:
     der = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
     kid = thumbprint(key.public_key())
-    return NewKey(
+    return KeptKey(
         kid=kid,
-        signer=LOCAL,
+        uri=LOCAL,
         public_key=key.public_key(),
         sealed_private=keks.seal(der, purpose="signing-key", kid=kid),
     )

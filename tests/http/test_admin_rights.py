@@ -16,8 +16,9 @@ from cryptography.hazmat.primitives.serialization import load_der_public_key
 from litestar.routes import ASGIRoute, HTTPRoute
 
 from keys.envelope import KeyEncryptionKeys
-from keys.signer import open_private_key
+from keys.signer import KeptKey, unseal
 from service.app import Authority
+from service.authority.audit import new_record_id
 from service.authority.model import AdminScope
 from service.settings import Settings
 
@@ -62,6 +63,22 @@ ADMIN = {
     ("POST", f"{_ONE}/tokens"): Door(AdminScope.TOKENS_MINT, 201, "token.mint", {}),
     ("GET", "/signing-keys"): Door(AdminScope.SIGNING_KEYS_READ, 200, "signing_key.list"),
     ("GET", "/audit-records"): Door(AdminScope.AUDIT_READ, 200, "audit.query"),
+    ("POST", "/audit-events"): Door(
+        AdminScope.AUDIT_REPORT,
+        200,
+        "audit.report",
+        {
+            "events": [
+                {
+                    "type": "jwks.loaded",
+                    "id": str(new_record_id(time.time())),
+                    "occurred_at": "2026-11-24T19:00:00Z",
+                    "instance": "instance-1",
+                    "kids": [],
+                }
+            ]
+        },
+    ),
     ("POST", "/signing-keys/rotate"): Door(
         AdminScope.SIGNING_KEYS_ROTATE, 200, "signing_key.rotate", {"reason": "a test"}
     ),
@@ -395,8 +412,13 @@ async def stolen_key(sql: SQL, keks: KeyEncryptionKeys) -> tuple[str, RSAPrivate
     )
     public_key = load_der_public_key(row["public_der"])
     assert isinstance(public_key, RSAPublicKey)
-    key = open_private_key(row["signer"], row["kid"], row["sealed_private"], public_key, keks)
-    return row["kid"], key
+    kept = KeptKey(
+        kid=row["kid"],
+        uri=row["signer"],
+        public_key=public_key,
+        sealed_private=row["sealed_private"],
+    )
+    return row["kid"], unseal(kept, keks)
 
 
 async def test_a8_a_token_signed_with_the_stolen_key_opens_no_door(

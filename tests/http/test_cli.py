@@ -389,7 +389,7 @@ def loaded_by(*arguments: str, url: str) -> set[str]:
     return set(done.stderr.splitlines())
 
 
-KEY = {"kid": KID, "state": "active", "activated_at": None}
+KEY = {"kid": KID, "state": "active", "activated_at": None, "verifiers": None}
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,9 @@ async def test_health_says_what_stands_behind_it_and_nothing_secret(
         "draining": False,
         "postgres": True,
         "ring_age_seconds": state["ring_age_seconds"],
+        "can_sign": True,
         "signing_kid": next(key["kid"] for key in keys if key["state"] == "active"),
+        "concerns": [],
     }
 
 

@@ -177,6 +177,7 @@ async def test_rotate_says_when_the_next_key_may_sign_and_it_does_so_then_by_its
         "signing_kid": old,
         "next_kid": new,
         "may_sign_from": keys["pending"]["may_sign_from"],
+        "missing": [],
     }
     assert at(keys["pending"]["may_sign_from"]) - at(keys["pending"]["published_at"]) == LEAD
     await authority.rotator.tick()

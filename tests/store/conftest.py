@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 from keys.envelope import KeyEncryptionKeys, new_kek_line
 from keys.keyring import RotationPolicy
 from keys.secret import Secret
-from keys.signer import LOCAL, NewKey
+from keys.signer import LOCAL, KeptKey, LocalCustody
 from keys.verifier import thumbprint
 from service.authority.audit import Action, AuditLog, AuditRecord, Outcome, new_record_id
 from service.authority.client_auth import new_secret, secret_sha256
@@ -45,6 +45,7 @@ from service.authority.model import (
     new_id,
 )
 from service.authority.operators import Operators
+from service.store.audit_events import AuditEvents
 from service.store.audit_log import AuditRecords, PostgresRecordWriter
 from service.store.database import MIGRATING, Database, connect
 from service.store.embedded import Running
@@ -149,6 +150,11 @@ def audit_records(pool: Database) -> AuditRecords:
 
 
 @pytest.fixture
+def evidence(pool: Database) -> AuditEvents:
+    return AuditEvents(pool, clock_skew=SKEW)
+
+
+@pytest.fixture
 async def writer(database: Running) -> AsyncGenerator[PostgresRecordWriter, None]:
     """A writer that is connected."""
     clock = DatabaseClock(time.time)
@@ -209,16 +215,14 @@ def keks() -> KeyEncryptionKeys:
 
 
 @pytest.fixture(scope="session")
-def new_keys(rsa_keys: list[RSAPrivateKey], keks: KeyEncryptionKeys) -> list[NewKey]:
+def new_keys(rsa_keys: list[RSAPrivateKey], keks: KeyEncryptionKeys) -> list[KeptKey]:
     """Keys as the rotator makes them, without the time that this takes."""
-    made: list[NewKey] = []
+    made: list[KeptKey] = []
     for key in rsa_keys:
         kid = thumbprint(key.public_key())
         der = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
         sealed = keks.seal(der, purpose="signing-key", kid=kid)
-        made.append(
-            NewKey(kid=kid, signer=LOCAL, public_key=key.public_key(), sealed_private=sealed)
-        )
+        made.append(KeptKey(kid=kid, uri=LOCAL, public_key=key.public_key(), sealed_private=sealed))
     return made
 
 
@@ -311,7 +315,7 @@ async def holder(
 @pytest.fixture
 async def active_kid(
     signing_keys: SigningKeys,
-    new_keys: list[NewKey],
+    new_keys: list[KeptKey],
     policy: RotationPolicy,
     act: Callable[..., AuditRecord],
 ) -> str:
@@ -364,7 +368,7 @@ async def issuer(
     """What exchanges credentials for tokens, on the parts above."""
     with ThreadPoolExecutor(1) as executor:
         keys = LiveKeyRing(
-            store=signing_keys, read_keks=lambda: keks, executor=executor, clock=time.time
+            store=signing_keys, custody=LocalCustody(lambda: keks, executor), clock=time.time
         )
         ring = await keys.fresh()
         assert ring.active is not None

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from keys.keyring import RotationPolicy
-from keys.signer import NewKey
+from keys.signer import KeptKey
 from service.authority.audit import (
     Action,
     AuditLog,
@@ -174,7 +174,7 @@ async def test_a_key_that_does_not_sign_yet_or_any_more_issues_nothing(
     superuser: Connection,
     issuance: Issuance,
     signing_keys: SigningKeys,
-    new_keys: list[NewKey],
+    new_keys: list[KeptKey],
     policy: RotationPolicy,
     act: Callable[..., AuditRecord],
 ) -> None:
@@ -375,7 +375,7 @@ async def test_nothing_is_committed_where_it_would_not_be_durable_or_not_compare
     connect_as: ConnectAs,
     holder: Subject,
     act: Callable[..., AuditRecord],
-    new_keys: list[NewKey],
+    new_keys: list[KeptKey],
 ) -> None:
     name = await superuser.fetchval("SELECT current_database()")
     user, record = holder.service_user, as_json(act(Action.SERVICE_USER_CHANGE))
@@ -466,7 +466,7 @@ async def test_a_failure_at_the_commit_itself_lets_no_token_out(
 async def test_an_act_and_its_record_are_both_there_or_neither_is(
     users: ServiceUsers,
     signing_keys: SigningKeys,
-    new_keys: list[NewKey],
+    new_keys: list[KeptKey],
     new_user: Callable[..., ServiceUser],
     new_credential: Callable[..., Credential],
     holder: Subject,

@@ -18,11 +18,12 @@ import pytest
 
 from keys.envelope import EnvelopeError, KekReader, KeyEncryptionKeys, new_kek_line
 from keys.keyring import KeyRing, KeyState, RotationPolicy, SigningKey, Wait
-from keys.signer import NewKey, generate, open_private_key
+from keys.signer import KeptKey, LocalCustody, generate, unseal
 from service.app import kek_reader
 from service.authority.audit import Action, AuditLog, AuditRecord
 from service.authority.key_rotation import KeyRotator, LiveKeyRing
 from service.authority.model import ServiceUser, Subject
+from service.store.audit_events import AuditEvents
 from service.store.embedded import Running
 from service.store.signing_keys import SigningKeys
 
@@ -36,7 +37,10 @@ HOUR = 3600.0
 
 @pytest.fixture
 def rotator(
-    signing_keys: SigningKeys, keks: KeyEncryptionKeys, policy: RotationPolicy
+    signing_keys: SigningKeys,
+    evidence: AuditEvents,
+    keks: KeyEncryptionKeys,
+    policy: RotationPolicy,
 ) -> Generator[MakeRotator, None, None]:
     """Make a process's rotator; its clock and its key-encryption keys as given."""
     with ThreadPoolExecutor(1) as executor:
@@ -45,12 +49,13 @@ def rotator(
             clock: Callable[[], float] = time.time, read_keks: KekReader = lambda: keks
         ) -> KeyRotator:
             keys = LiveKeyRing(
-                store=signing_keys, read_keks=read_keks, executor=executor, clock=clock
+                store=signing_keys, custody=LocalCustody(read_keks, executor), clock=clock
             )
             return KeyRotator(
                 keys=keys,
                 store=signing_keys,
-                read_keks=read_keks,
+                evidence=evidence,
+                custody=LocalCustody(read_keks, executor),
                 policy=policy,
                 key_bits=1024,  # nothing signs here, and many are made
                 clock=clock,
@@ -61,7 +66,7 @@ def rotator(
 
 @pytest.fixture
 async def next_kid(
-    signing_keys: SigningKeys, new_keys: list[NewKey], act: MakeAct, active_kid: str
+    signing_keys: SigningKeys, new_keys: list[KeptKey], act: MakeAct, active_kid: str
 ) -> str:
     """The kid of a key that was published just now, beside the one that signs."""
     assert new_keys[0].kid == active_kid
@@ -72,7 +77,7 @@ async def next_kid(
 @pytest.fixture
 async def retiring_kid(
     signing_keys: SigningKeys,
-    new_keys: list[NewKey],
+    new_keys: list[KeptKey],
     policy: RotationPolicy,
     act: MakeAct,
     next_kid: str,
@@ -197,8 +202,7 @@ async def test_a_clock_that_is_set_back_does_not_hide_what_the_store_holds(
     with ThreadPoolExecutor(1) as executor:
         keys = LiveKeyRing(
             store=signing_keys,
-            read_keks=lambda: keks,
-            executor=executor,
+            custody=LocalCustody(lambda: keks, executor),
             clock=lambda: time.time() + next(ahead),
         )
         assert list((await keys.fresh()).published) == [active_kid]
@@ -421,7 +425,7 @@ async def test_k4_of_revoke_alls_that_race_each_leaves_one_key_that_signs_and_on
 ) -> None:
     pairs = [(generate(1024, keks), generate(1024, keks)) for _ in range(6)]
 
-    async def revoke_all(signing: NewKey, following: NewKey) -> frozenset[str] | None:
+    async def revoke_all(signing: KeptKey, following: KeptKey) -> frozenset[str] | None:
         kids = list((await ring_of(signing_keys)).published)
         record = act(Action.SIGNING_KEY_REVOKE_ALL)
         done = await signing_keys.revoke_all(kids, signing, following, policy, record)
@@ -517,7 +521,7 @@ async def test_a_dump_and_the_kek_yield_no_key_that_signs_no_more(
     policy: RotationPolicy,
     act: MakeAct,
     superuser: Connection,
-    new_keys: list[NewKey],
+    new_keys: list[KeptKey],
     active_kid: str,
     next_kid: str,
 ) -> None:
@@ -551,8 +555,7 @@ async def test_a_ring_opens_what_a_changed_kek_file_opens_without_a_restart(
     with ThreadPoolExecutor(1) as executor:
         keys = LiveKeyRing(
             store=signing_keys,
-            read_keks=kek_reader(kek_file),
-            executor=executor,
+            custody=LocalCustody(kek_reader(kek_file), executor),
             clock=time.time,
         )
         pending = (await keys.fresh()).pending
@@ -566,7 +569,7 @@ async def test_a_ring_opens_what_a_changed_kek_file_opens_without_a_restart(
     await process.tick()
     made = await key_in(signing_keys, KeyState.PENDING)
     (sealed,) = (
-        stored.sealed_private
+        stored.kept.sealed_private
         for stored in await signing_keys.published_keys()
         if stored.key.kid == made.kid
     )
@@ -667,7 +670,8 @@ async def test_k2_rewrap_killed_at_any_row_leaves_every_key_open_and_resumes(
     assert await opened(superuser, before) == []
 
 
-def before_fingerprint(key: NewKey) -> str:
+def before_fingerprint(key: KeptKey) -> str:
+    assert key.sealed_private is not None
     return key.sealed_private[:8].hex()
 
 
@@ -685,8 +689,7 @@ async def every_key_opens(signing_keys: SigningKeys, keks: KeyEncryptionKeys) ->
     stored = await signing_keys.published_keys()
     assert len(stored) == 2
     for each in stored:
-        assert each.sealed_private is not None
-        open_private_key(each.signer, each.key.kid, each.sealed_private, each.key.public_key, keks)
+        assert unseal(each.kept, keks)
 
 
 async def test_k1_rewrap_without_the_old_kek_says_so_and_changes_nothing(
@@ -734,15 +737,20 @@ async def test_a_sealed_half_is_replaced_only_while_it_is_what_was_read(
     superuser: Connection,
     policy: RotationPolicy,
     act: MakeAct,
-    new_keys: list[NewKey],
+    new_keys: list[KeptKey],
     active_kid: str,
     next_kid: str,
 ) -> None:
-    sealed = new_keys[0].sealed_private
-    assert not await signing_keys.reseal(active_kid, b"something else", b"other")
-    assert not await signing_keys.reseal(next_kid, sealed, b"other")
+    sealed, next_sealed = new_keys[0].sealed_private, new_keys[1].sealed_private
+    assert sealed is not None
+    assert next_sealed is not None
+    record = act(Action.SIGNING_KEY_REWRAP)
+    assert not await signing_keys.reseal(active_kid, b"something else", b"other", record)
+    assert not await signing_keys.reseal(next_kid, sealed, b"other", record)
     active = await key_in(signing_keys, KeyState.ACTIVE)
     assert await signing_keys.revoke(active, policy, act(Action.SIGNING_KEY_REVOKE))
-    assert not await signing_keys.reseal(active_kid, sealed, b"back from the dead")
+    assert not await signing_keys.reseal(active_kid, sealed, b"back from the dead", record)
     assert await superuser.fetchval("SELECT count(sealed_private) FROM signing_keys") == 1
-    assert await signing_keys.reseal(next_kid, new_keys[1].sealed_private, b"resealed")
+    assert await count(superuser, Action.SIGNING_KEY_REWRAP) == 0
+    assert await signing_keys.reseal(next_kid, next_sealed, b"resealed", record)
+    assert await count(superuser, Action.SIGNING_KEY_REWRAP) == 1

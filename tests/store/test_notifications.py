@@ -11,7 +11,7 @@ import structlog
 from msgspec import Struct
 
 from keys.secret import Secret
-from keys.signer import NewKey
+from keys.signer import KeptKey
 from service.authority.audit import Action, AuditRecord
 from service.authority.model import ServiceUser, Subject
 from service.store.embedded import Running
@@ -136,7 +136,7 @@ async def test_all_is_dropped_on_each_new_connection_since_anything_may_have_cha
 
 
 async def test_a_step_of_a_key_is_heard_of(
-    heard: Heard, signing_keys: SigningKeys, new_keys: list[NewKey], act: MakeAct
+    heard: Heard, signing_keys: SigningKeys, new_keys: list[KeptKey], act: MakeAct
 ) -> None:
     assert await signing_keys.prepare(new_keys[0], act(Action.SIGNING_KEY_PREPARE))
     await until(lambda: heard.signing_keys >= 1)

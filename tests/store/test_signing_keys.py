@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,10 +15,11 @@ import pytest
 import structlog.testing
 
 from keys.envelope import KeyEncryptionKeys, new_kek_line
-from keys.keyring import KeyRing, KeyState, RotationPolicy, Wait
-from keys.signer import NewKey
+from keys.keyring import KeyRing, KeyState, Prepare, RotationPolicy, Wait
+from keys.signer import KeptKey, LocalCustody
 from service.authority.audit import Action, AuditRecord
 from service.authority.key_rotation import KeyRotator, LiveKeyRing
+from service.store.audit_events import AuditEvents
 from service.store.database import Database
 from service.store.embedded import Running
 from service.store.signing_keys import SigningKeys
@@ -31,16 +32,21 @@ OpenRing = Callable[[KeyEncryptionKeys], LiveKeyRing]
 
 
 @pytest.fixture
-def open_ring(signing_keys: SigningKeys) -> Generator[OpenRing, None, None]:
-    """Make a process's ring, with its key-encryption keys."""
+def executor() -> Generator[Executor, None, None]:
     with ThreadPoolExecutor(1) as executor:
+        yield executor
 
-        def opened(keks: KeyEncryptionKeys) -> LiveKeyRing:
-            return LiveKeyRing(
-                store=signing_keys, read_keks=lambda: keks, executor=executor, clock=time.time
-            )
 
-        yield opened
+@pytest.fixture
+def open_ring(signing_keys: SigningKeys, executor: Executor) -> OpenRing:
+    """Make a process's ring, with its key-encryption keys."""
+
+    def opened(keks: KeyEncryptionKeys) -> LiveKeyRing:
+        return LiveKeyRing(
+            store=signing_keys, custody=LocalCustody(lambda: keks, executor), clock=time.time
+        )
+
+    return opened
 
 
 async def states(superuser: Connection) -> dict[str, str]:
@@ -61,7 +67,7 @@ async def steps(superuser: Connection) -> dict[str, int]:
 
 async def test_a_key_is_published_then_signs_then_is_published_still_and_then_is_gone(
     signing_keys: SigningKeys,
-    new_keys: list[NewKey],
+    new_keys: list[KeptKey],
     policy: RotationPolicy,
     act: MakeAct,
     superuser: Connection,
@@ -107,7 +113,7 @@ async def test_a_key_is_published_then_signs_then_is_published_still_and_then_is
 
 async def test_a_private_half_is_destroyed_as_soon_as_its_key_signs_no_more(
     signing_keys: SigningKeys,
-    new_keys: list[NewKey],
+    new_keys: list[KeptKey],
     policy: RotationPolicy,
     act: MakeAct,
     superuser: Connection,
@@ -119,7 +125,9 @@ async def test_a_private_half_is_destroyed_as_soon_as_its_key_signs_no_more(
     assert await signing_keys.activate(
         new.kid, active_kid, at_once, act(Action.SIGNING_KEY_ACTIVATE, kid=new.kid)
     )
-    sealed = {each.key.kid: each.sealed_private for each in await signing_keys.published_keys()}
+    sealed = {
+        each.key.kid: each.kept.sealed_private for each in await signing_keys.published_keys()
+    }
     assert sealed == {active_kid: None, new.kid: new.sealed_private}
     # The table itself forbids to keep one.
     with pytest.raises(asyncpg.CheckViolationError):
@@ -130,7 +138,7 @@ async def test_a_private_half_is_destroyed_as_soon_as_its_key_signs_no_more(
 
 async def test_a_step_that_was_decided_on_another_state_is_not_taken(
     signing_keys: SigningKeys,
-    new_keys: list[NewKey],
+    new_keys: list[KeptKey],
     policy: RotationPolicy,
     act: MakeAct,
     superuser: Connection,
@@ -164,6 +172,8 @@ async def test_of_twenty_rotators_one_takes_each_step(
     signing_keys: SigningKeys,
     keks: KeyEncryptionKeys,
     policy: RotationPolicy,
+    evidence: AuditEvents,
+    executor: Executor,
     open_ring: OpenRing,
     superuser: Connection,
 ) -> None:
@@ -171,7 +181,8 @@ async def test_of_twenty_rotators_one_takes_each_step(
         KeyRotator(
             keys=open_ring(keks),
             store=signing_keys,
-            read_keks=lambda: keks,
+            evidence=evidence,
+            custody=LocalCustody(lambda: keks, executor),
             policy=policy,
             key_bits=1024,  # nothing signs here, and twenty make keys at once
             clock=time.time,
@@ -181,7 +192,7 @@ async def test_of_twenty_rotators_one_takes_each_step(
 
     async def all_tick() -> list[str]:
         rests = await asyncio.gather(*(rotator.tick() for rotator in rotators))
-        assert all(isinstance(rest, Wait) for rest in rests)
+        assert all(isinstance(rest, Wait | Prepare) for rest in rests)
         return sorted((await states(superuser)).values())
 
     assert await all_tick() == ["active", "pending"]
@@ -240,7 +251,7 @@ async def test_sealed_halves_that_were_swapped_or_changed_in_the_table_open_noth
     open_ring: OpenRing,
     keks: KeyEncryptionKeys,
     signing_keys: SigningKeys,
-    new_keys: list[NewKey],
+    new_keys: list[KeptKey],
     act: MakeAct,
     active_kid: str,
     superuser: Connection,
@@ -282,20 +293,23 @@ def run_command(command: str, database: Running, kek_file: Path, tmp_path: Path)
 
 
 def test_serve_refuses_a_wrong_kek_in_words(
-    database: Running, tmp_path: Path, new_keys: list[NewKey], act: MakeAct
+    database: Running, tmp_path: Path, new_keys: list[KeptKey], act: MakeAct
 ) -> None:
     asyncio.run(publish(database, new_keys[0], act(Action.SIGNING_KEY_PREPARE)))
     kek_file, line = tmp_path / "kek", new_kek_line()
     kek_file.write_text(line + "\n")
     status, said = run_command("serve --port 1", database, kek_file, tmp_path)
     assert status == 1
-    sealed_under = new_keys[0].sealed_private[:8].hex()
-    assert f"Signing keys cannot be opened with {kek_file}" in said
-    assert f"key {new_keys[0].kid} is sealed under the key-encryption key {sealed_under}" in said
+    sealed = new_keys[0].sealed_private
+    assert sealed is not None
+    assert "The pending signing key cannot be used" in said
+    assert (
+        f"key {new_keys[0].kid} is sealed under the key-encryption key {sealed[:8].hex()}" in said
+    )
     assert line not in said
     assert "Traceback" not in said
 
 
-async def publish(database: Running, key: NewKey, record: AuditRecord) -> None:
+async def publish(database: Running, key: KeptKey, record: AuditRecord) -> None:
     async with Database(database.service_dsn, application_name="test") as pool:
         assert await SigningKeys(pool, clock_skew=60).prepare(key, record)

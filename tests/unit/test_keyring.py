@@ -1,15 +1,18 @@
 """Whatever happens when, a ring has one key that signs, and verifiers know it in time."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from keys.keyring import (
     Activate,
+    Concern,
     KeyRing,
     KeyState,
     Prepare,
@@ -17,6 +20,7 @@ from keys.keyring import (
     RotationPolicy,
     SigningKey,
     Wait,
+    concerns,
     next_step,
 )
 
@@ -113,101 +117,217 @@ def test_a_clock_that_runs_backwards_only_waits(
     assert step.until == now + HOUR
 
 
-@dataclass
-class Life:
-    """The store and the rotator of an installation, in memory: guards and all."""
+def test_whom_an_operator_does_not_want_to_wait_for_delays_nothing(
+    signing_key: MakeKey, now: float
+) -> None:
+    strict = msgspec.structs.replace(POLICY, strict_gate=True)
+    waiting = frozenset({"https://ingest.example"})
+    active = signing_key("old", KeyState.ACTIVE, rotate_at=now)
+    pending = signing_key("next", KeyState.PENDING, published_at=now - 2 * DAY)
+    held = next_step(KeyRing([active, pending]), strict, now + 300 * DAY, waiting)
+    assert held == Wait(until=math.inf, awaited=waiting)
+    released = msgspec.structs.replace(active, released_at=now)
+    for policy in (strict, POLICY):
+        step = next_step(KeyRing([released, pending]), policy, now, waiting)
+        assert step == Activate(kid="next")
+    unripe = msgspec.structs.replace(pending, published_at=now)
+    assert next_step(KeyRing([released, unripe]), strict, now, waiting) == Wait(until=now + DAY)
 
-    make: MakeKey
-    policy: RotationPolicy
-    keys: dict[str, SigningKey] = field(default_factory=dict[str, SigningKey])
-    tokens: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
-    made: int = 0
+
+def test_a_gate_that_waits_does_not_keep_a_key_published_that_has_ended(
+    signing_key: MakeKey, now: float
+) -> None:
+    ring = KeyRing(
+        [
+            signing_key("oldest", KeyState.RETIRING, publish_until=now + HOUR),
+            signing_key("old", KeyState.ACTIVE, rotate_at=now),
+            signing_key("next", KeyState.PENDING, published_at=now - 2 * DAY),
+        ]
+    )
+    waiting = frozenset({"https://ingest.example"})
+    assert next_step(ring, POLICY, now, waiting) == Wait(until=now + HOUR, awaited=waiting)
+    assert next_step(ring, POLICY, now + HOUR, waiting) == Retire(kid="oldest")
+
+
+class CanSign:
+    async def sign(self, data: bytes) -> bytes:
+        raise NotImplementedError(data)
+
+
+def test_a_person_hears_weeks_before_that_a_rotation_will_fail(
+    signing_key: MakeKey, now: float
+) -> None:
+    active = signing_key("old", KeyState.ACTIVE, rotate_at=now + 20 * DAY, signer=CanSign())
+    pending = signing_key("next", KeyState.PENDING, published_at=now - DAY, signer=CanSign())
+    waiting = frozenset({"https://ingest.example"})
+
+    def found(
+        *keys: SigningKey, after: float = 0, awaited: frozenset[str] = frozenset()
+    ) -> list[Concern]:
+        return list(concerns(KeyRing(keys), POLICY, now + after, awaited))
+
+    assert found(active, pending, awaited=waiting) == []
+    assert found(active) == [Concern.NO_NEXT_KEY]
+    unusable = msgspec.structs.replace(pending, signer=None)
+    assert found(active, unusable) == [Concern.NEXT_KEY_UNUSABLE]
+    assert found(msgspec.structs.replace(active, signer=None), pending) == [
+        Concern.SIGNING_KEY_UNUSABLE
+    ]
+    assert found(pending) == [Concern.NO_KEY_SIGNS]
+    assert found() == [Concern.NO_KEY_SIGNS, Concern.NO_NEXT_KEY]
+    assert found(active, pending, after=20 * DAY + 59) == []
+    assert found(active, pending, after=20 * DAY, awaited=waiting) == [Concern.VERIFIERS_AWAITED]
+    assert found(active, pending, after=20 * DAY + 60) == [Concern.ROTATION_OVERDUE]
+
+
+class Installation(RuleBasedStateMachine):
+    """A store with its guards, and processes that ask `next_step` by clocks of their own.
+
+    The store judges by its own clock, as the database does; what a process believes may be wrong.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1_800_000_000.0
+        self.keys: dict[str, SigningKey] = {}
+        self.tokens: list[tuple[str, float]] = []
+        self.without_lead: set[str] = set()
+        self.public_key = rsa.generate_private_key(65537, 2048).public_key()
+
+    @initialize(
+        publish_lead=st.sampled_from([400.0, HOUR, DAY]),
+        rotation_period=st.sampled_from([HOUR / 2, 2 * HOUR, 30 * DAY]),
+        lifetime_cap=st.sampled_from([60, 900, 3600]),
+        strict_gate=st.booleans(),
+    )
+    def install(
+        self, publish_lead: float, rotation_period: float, lifetime_cap: int, strict_gate: bool
+    ) -> None:
+        self.policy = RotationPolicy(
+            publish_lead=publish_lead,
+            rotation_period=rotation_period,
+            lifetime_cap=lifetime_cap,
+            clock_skew=60.0,
+            strict_gate=strict_gate,
+        )
 
     @property
     def ring(self) -> KeyRing:
         return KeyRing(self.keys.values())
 
+    @rule(passed=st.one_of(st.floats(0, 2 * HOUR), st.floats(0, 90 * DAY)))
+    def time_passes(self, passed: float) -> None:
+        self.now += passed
+
+    # Each look has an error of its own, so a clock also runs backwards, by as much as years.
+    @rule(
+        error=st.one_of(st.sampled_from([-HOUR, -60.0, 0.0, 60.0, HOUR]), st.floats(-1e9, 1e9)),
+        lagging=st.booleans(),
+    )
+    def a_process_looks(self, error: float, lagging: bool) -> None:
+        awaited = frozenset({"ingest/1"} if lagging else ())
+        for _ in range(99):
+            step = next_step(self.ring, self.policy, self.now + error, awaited)
+            if isinstance(step, Wait):
+                assert step.until > self.now + error
+                assert step.awaited <= awaited
+                return
+            if not self.store_takes(step):
+                assert error != 0, "with the right clock, what it wants is right"
+                return
+        raise AssertionError("it never comes to rest")
+
+    @rule()
+    def an_operator_hastens_the_rotation(self) -> None:
+        if (active := self.ring.active) is not None:
+            rotate_at = min(active.rotate_at or 0, self.now)
+            self.change(active.kid, KeyState.ACTIVE, rotate_at=rotate_at, released_at=self.now)
+
+    @rule(state=st.sampled_from([KeyState.PENDING, KeyState.ACTIVE, KeyState.RETIRING]))
+    def an_operator_revokes_a_key(self, state: KeyState) -> None:
+        key = next((key for key in self.ring.keys if key.state is state), None)
+        if key is None:
+            return
+        self.change(key.kid, KeyState.REVOKED)
+        self.tokens = [token for token in self.tokens if token[0] != key.kid]
+        if state is KeyState.ACTIVE and (pending := self.ring.pending) is not None:
+            self.without_lead.add(pending.kid)
+            self.promote(pending.kid)
+
+    @rule()
+    def a_token_is_issued(self) -> None:
+        if (active := self.ring.active) is not None:
+            assert active.lifetime_cap is not None
+            self.tokens.append((active.kid, self.now + active.lifetime_cap))
+
+    def store_takes(self, step: Prepare | Activate | Retire) -> bool:
+        ring = self.ring
+        match step:
+            case Prepare():
+                if ring.pending is not None:
+                    return False
+                kid = f"key-{len(self.keys)}"
+                self.keys[kid] = SigningKey(
+                    kid=kid,
+                    state=KeyState.PENDING,
+                    public_key=self.public_key,
+                    published_at=self.now,
+                )
+            case Activate(kid=kid):
+                lead_is_over = self.now >= self.policy.may_sign_from(self.keys[kid])
+                if ring.active is None:
+                    self.without_lead.add(kid)
+                elif not lead_is_over:
+                    return False
+                else:
+                    until = self.now + (ring.active.lifetime_cap or 0) + 2 * self.policy.clock_skew
+                    self.change(ring.active.kid, KeyState.RETIRING, publish_until=until)
+                self.promote(kid)
+            case Retire(kid=kid):
+                if self.now < (self.keys[kid].publish_until or 0):
+                    return False
+                self.change(kid, KeyState.RETIRED)
+        return True
+
+    def promote(self, kid: str) -> None:
+        self.change(
+            kid,
+            KeyState.ACTIVE,
+            activated_at=self.now,
+            rotate_at=self.now + self.policy.rotation_period,
+            lifetime_cap=self.policy.lifetime_cap,
+        )
+
     def change(self, kid: str, state: KeyState, **fields: float | int | None) -> None:
         self.keys[kid] = msgspec.structs.replace(self.keys[kid], state=state, **fields)  # type: ignore[arg-type]
 
-    def come_to_rest(self, now: float, awaited: frozenset[str]) -> None:
-        for _ in range(16):
-            ring = self.ring
-            step = next_step(ring, self.policy, now, awaited)
-            match step:
-                case Wait():
-                    assert step.until > now
-                    return
-                case Prepare():
-                    assert ring.pending is None
-                    self.made += 1
-                    kid = f"key-{self.made}"
-                    self.keys[kid] = self.make(kid, KeyState.PENDING, published_at=now)
-                case Activate(kid=kid):
-                    if ring.active is not None:
-                        assert now - self.keys[kid].published_at >= self.policy.publish_lead
-                        until = now + self.policy.lifetime_cap + self.policy.clock_skew
-                        self.change(ring.active.kid, KeyState.RETIRING, publish_until=until)
-                    self.change(
-                        kid,
-                        KeyState.ACTIVE,
-                        activated_at=now,
-                        rotate_at=now + self.policy.rotation_period,
-                        lifetime_cap=self.policy.lifetime_cap,
-                    )
-                case Retire(kid=kid):
-                    self.change(kid, KeyState.RETIRED)
-        raise AssertionError("it never comes to rest")
+    @invariant()
+    def at_most_one_key_signs_and_at_most_one_stands_ready(self) -> None:
+        states = [key.state for key in self.keys.values()]
+        assert states.count(KeyState.ACTIVE) <= 1
+        assert states.count(KeyState.PENDING) <= 1
 
-    def revoke_active(self) -> None:
-        if (active := self.ring.active) is not None:
-            self.change(active.kid, KeyState.REVOKED)
-            self.tokens = [token for token in self.tokens if token[0] != active.kid]
+    @invariant()
+    def every_live_token_finds_its_key_published_unless_it_was_revoked(self) -> None:
+        live = {kid for kid, exp in self.tokens if exp + 60 > self.now}
+        assert live <= set(self.ring.published)
 
-    def issue(self, now: float) -> None:
-        active = self.ring.active
-        assert active is not None
-        self.tokens.append((active.kid, now + self.policy.lifetime_cap))
+    @invariant()
+    def no_key_signed_that_verifiers_could_not_know_but_in_an_emergency(self) -> None:
+        for key in self.keys.values():
+            if key.activated_at is not None and key.kid not in self.without_lead:
+                assert key.activated_at >= self.policy.may_sign_from(key)
 
-
-policies = st.builds(
-    RotationPolicy,
-    publish_lead=st.sampled_from([400.0, HOUR, DAY]),
-    rotation_period=st.sampled_from([HOUR / 2, 2 * HOUR, 30 * DAY]),
-    lifetime_cap=st.sampled_from([60, 900, 3600]),
-    clock_skew=st.just(60.0),
-)
-# How long until somebody looks again, how far their clock is off, and what happens before.
-moments = st.tuples(
-    st.one_of(
-        st.floats(min_value=0, max_value=2 * HOUR), st.floats(min_value=0, max_value=90 * DAY)
-    ),
-    st.floats(min_value=-15, max_value=15),
-    st.booleans(),
-    st.sampled_from(["", "", "", "", "revoke"]),
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(policy=policies, times=st.lists(moments, min_size=1, max_size=40))
-def test_through_all_rotations_one_key_signs_the_next_is_ready_and_every_live_token_verifies(
-    policy: RotationPolicy,
-    times: list[tuple[float, float, bool, str]],
-    signing_key: MakeKey,
-    now: float,
-) -> None:
-    life = Life(make=signing_key, policy=policy)
-    for passed, clock_error, somebody_lags, event in times:
-        now += passed
-        if event == "revoke":
-            life.revoke_active()
-        # Clocks wobble, so time as it is read also runs backwards: by up to half of the skew.
-        life.come_to_rest(now + clock_error, frozenset({"ingest"} if somebody_lags else ()))
-        ring = life.ring
+    @invariant()
+    def a_look_by_the_right_clock_leaves_a_key_that_signs_and_one_that_stands_ready(self) -> None:
+        kept, without_lead = dict(self.keys), set(self.without_lead)
+        self.a_process_looks(0.0, False)
+        ring = self.ring
         assert ring.active is not None
         assert ring.pending is not None
-        life.issue(now + clock_error)
-        life.tokens = [(kid, exp) for kid, exp in life.tokens if exp > now]
-        assert {kid for kid, _ in life.tokens} <= set(ring.published)
-        # A key that signs no more is not kept for ever.
-        assert all((key.publish_until or 0) > now - policy.clock_skew for key in ring.retiring)
+        assert all((key.publish_until or 0) > self.now for key in ring.retiring)
+        self.keys, self.without_lead = kept, without_lead
+
+
+TestInstallation = Installation.TestCase
+TestInstallation.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

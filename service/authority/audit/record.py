@@ -36,10 +36,14 @@ class Action(StrEnum):
     SIGNING_KEY_PREPARE = "signing_key.prepare"
     SIGNING_KEY_ACTIVATE = "signing_key.activate"
     SIGNING_KEY_RETIRE = "signing_key.retire"
+    SIGNING_KEY_DESTROY = "signing_key.destroy"
+    SIGNING_KEY_REWRAP = "signing_key.rewrap"
     SIGNING_KEY_ROTATE = "signing_key.rotate"
     SIGNING_KEY_REVOKE = "signing_key.revoke"
     SIGNING_KEY_REVOKE_ALL = "signing_key.revoke_all"
     AUDIT_QUERY = "audit.query"
+    AUDIT_REPORT = "audit.report"
+    JWKS_LOADED = "jwks.loaded"
     OPERATOR_BOOTSTRAP = "operator.bootstrap"
 
 
