@@ -6,6 +6,7 @@ Starts no part of the service itself.
 import asyncio
 import os
 import shutil
+import subprocess
 import tempfile
 import uuid
 from collections.abc import Callable, Generator
@@ -136,3 +137,20 @@ async def _administer(running: Running, statement: str) -> None:
         await connection.execute(statement)
     finally:
         await connection.close(timeout=5)
+
+
+@pytest.fixture(scope="session")
+def node_packages(skip_or_fail: Callable[[str], NoReturn]) -> Path:
+    """The folder of the Node programs, with the packages that its lock names installed."""
+    folder = Path(__file__).parent / "interop" / "node"
+    npm = shutil.which("npm")
+    if shutil.which("node") is None or npm is None:
+        skip_or_fail("there is no node with npm")
+    # Written by npm at the end of an installation.
+    installed, lock = folder / "node_modules" / ".package-lock.json", folder / "package-lock.json"
+    if not installed.exists() or installed.stat().st_mtime < lock.stat().st_mtime:
+        install = (npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefer-offline")
+        done = subprocess.run(install, cwd=folder, capture_output=True, text=True, timeout=120)
+        if done.returncode != 0:
+            skip_or_fail(f"npm ci failed in {folder.name}/: {done.stderr}")
+    return folder

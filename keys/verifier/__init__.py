@@ -1,4 +1,4 @@
-"""Verify Privyseal's access tokens offline, with nothing but the issuer's published keys.
+"""Verify Privyseal's access tokens offline, and report what was done with them.
 
 It must not import anything but the standard library, PyJWT and cryptography: services install
 this package alone, as `privyseal_verifier`.
@@ -7,7 +7,8 @@ this package alone, as `privyseal_verifier`.
 from .jwk import InvalidJWKS, encode_jwks, parse_jwks, public_jwk, thumbprint
 from .jwks_client import JWKSClient, KeysUnavailable, discover
 from .jwt import InvalidToken, SignedClaims, UnverifiedJWT, decode
-from .middleware import BearerMiddleware, Refusal, require_scope
+from .middleware import BearerMiddleware, Refusal, describe, require_scope
+from .reporter import Reporter
 from .verifier import Verifier
 
 __all__ = [
@@ -17,10 +18,12 @@ __all__ = [
     "JWKSClient",
     "KeysUnavailable",
     "Refusal",
+    "Reporter",
     "SignedClaims",
     "UnverifiedJWT",
     "Verifier",
     "decode",
+    "describe",
     "discover",
     "encode_jwks",
     "parse_jwks",

@@ -1,4 +1,4 @@
-"""One bounded GET over HTTP, for key sets and discovery documents.
+"""One bounded request over HTTP: GET for key sets and metadata, POST for tokens and reports.
 
 It must not follow a redirect, use a proxy, or speak plain HTTP to anything but this machine.
 """
@@ -8,9 +8,10 @@ import ipaddress
 import re
 import socket
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from typing import TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 MAX_BODY_BYTES = 1024 * 1024
@@ -24,6 +25,7 @@ _HEADERS = {
     "Connection": "close",
     "User-Agent": "privyseal-verifier",
 }
+_T = TypeVar("_T")
 _MAX_AGE = re.compile(r"max-age=\"?(\d{1,10})\"?", re.IGNORECASE)
 
 
@@ -37,6 +39,15 @@ class Fetched:
 
     body: bytes = field(repr=False)
     max_age: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What came back for a POST, whatever its status; `retry_after` in seconds, 0 if not told."""
+
+    status: int
+    body: bytes = field(repr=False)
+    retry_after: float
 
 
 def checked_url(url: str) -> SplitResult:
@@ -57,12 +68,40 @@ def checked_url(url: str) -> SplitResult:
     return parts
 
 
+def checked_issuer(issuer: str) -> str:
+    """Return `issuer` if it is an origin that `checked_url` lets pass; raise ValueError if not."""
+    parts = checked_url(issuer)
+    if issuer != f"{parts.scheme}://{parts.netloc}":
+        raise ValueError(f"issuer: expected an origin without path and query, found {issuer}")
+    return issuer
+
+
 def get(url: str, *, timeout: float) -> Fetched:
     """Fetch `url`, or raise FetchFailed when `timeout` seconds after connecting are over.
 
     Connecting itself may take as long again for each address of the host. Only status 200 counts,
     with a body of at most 1 MiB.
     """
+    return _request("GET", url, None, {}, timeout, _read_fetched)
+
+
+def post(url: str, body: bytes, *, content_type: str, authorization: str, timeout: float) -> Answer:
+    """Send `body` and return the answer, or raise FetchFailed on the same terms as `get`.
+
+    The text of a FetchFailed holds neither the body nor the authorization.
+    """
+    headers = {"Content-Type": content_type, "Authorization": authorization}
+    return _request("POST", url, body, headers, timeout, _read_answer)
+
+
+def _request(
+    method: str,
+    url: str,
+    body: bytes | None,
+    headers: Mapping[str, str],
+    timeout: float,
+    read: Callable[[HTTPResponse], _T],
+) -> _T:
     parts = checked_url(url)
     secure = parts.scheme == "https"
     port = parts.port or (443 if secure else 80)
@@ -74,8 +113,10 @@ def get(url: str, *, timeout: float) -> Fetched:
             # The socket's own timeout begins anew with each byte: a slow sender needs another end.
             with _ended_after(timeout, connection.sock):
                 path = parts._replace(scheme="", netloc="").geturl() or "/"
-                connection.request("GET", path, headers=_HEADERS)
-                return _read(connection.getresponse())
+                # Who refuses a request may answer and hang up before its body has come whole.
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    connection.request(method, path, body, {**_HEADERS, **headers})
+                return read(connection.getresponse())
         except (OSError, HTTPException) as error:
             detail = str(error) or "closed early or too slow"
             raise FetchFailed(f"{url}: {type(error).__name__}: {detail}") from None
@@ -83,16 +124,30 @@ def get(url: str, *, timeout: float) -> Fetched:
             raise FetchFailed(f"{url}: {error}") from None
 
 
-def _read(response: HTTPResponse) -> Fetched:
+def _read_fetched(response: HTTPResponse) -> Fetched:
     if response.status != 200:
         raise FetchFailed(f"expected status 200, found {response.status}")
+    return Fetched(body=_read_body(response), max_age=_max_age(response))
+
+
+def _read_answer(response: HTTPResponse) -> Answer:
+    # RFC 9110 §10.2.3: seconds; the other form, a date, would need a clock that agrees.
+    told = response.getheader("Retry-After") or ""
+    return Answer(
+        status=response.status,
+        body=_read_body(response),
+        retry_after=float(told) if _is_number(told) else 0.0,
+    )
+
+
+def _read_body(response: HTTPResponse) -> bytes:
     body = response.read(MAX_BODY_BYTES + 1)
     if len(body) > MAX_BODY_BYTES:
         raise FetchFailed(f"expected at most {MAX_BODY_BYTES} bytes, found more")
     # http.client says nothing when a body that is read in part ends before its Content-Length.
     if response.length:
         raise FetchFailed(f"expected {response.length} more bytes, found the end")
-    return Fetched(body=body, max_age=_max_age(response))
+    return body
 
 
 def _max_age(response: HTTPResponse) -> float:
@@ -104,8 +159,12 @@ def _max_age(response: HTTPResponse) -> float:
         return DEFAULT_MAX_AGE
     # RFC 9111 §4.2.3: a shared cache on the way has used up a part of it.
     age = response.getheader("Age") or ""
-    spent = int(age) if age.isdecimal() and age.isascii() and len(age) <= 10 else 0
+    spent = int(age) if _is_number(age) else 0
     return min(max(float(int(found[0][1]) - spent), MIN_MAX_AGE), MAX_MAX_AGE)
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and text.isascii() and len(text) <= 10
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from typing import TypeAlias
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from .fetch import FetchFailed, checked_url, get
+from .fork import in_forked_child
 from .jwk import InvalidJWKS, parse_jwks
 from .strict import json_object
 
@@ -28,8 +29,8 @@ MAX_STALE = 7200.0
 _FETCH_INTERVAL = 1.0
 _MAX_BACKOFF = 10.0
 _REFRESH_AT = 0.8  # of max-age
-# A fetch that has not ended by then never will: its thread stayed behind in a fork, or the
-# resolver hangs. Another may start, and the answer of the lost one counts no more.
+# A fetch that has not ended by then never will: the resolver hangs. Another may start, and the
+# answer of the lost one counts no more.
 _LOST_AFTER = 60.0
 
 _logger = logging.getLogger(__name__)
@@ -100,6 +101,8 @@ class JWKSClient:
         self._failures_in_a_row = 0
         self._last_failure = "no fetch has ended"
         self._counts = {"fetches": 0, "fetch_failures": 0, "unknown_kid": 0, "refused_stale": 0}
+        self._when_loaded: list[Callable[[], None]] = []
+        in_forked_child(self._forget_fetch)
 
     def keys_for(self, kid: str) -> Keys:
         """Return the keys, once it is certain or cannot be had now whether `kid` is among them.
@@ -117,6 +120,29 @@ class JWKSClient:
             # Unlike wait_for, it does not cancel the fetch for the others when one gives up.
             await asyncio.wait([asyncio.wrap_future(fetch.done)], timeout=self._timeout)
         return self._usable_keys(kid)
+
+    @property
+    def kids(self) -> frozenset[str]:
+        """The names of the keys that tokens are checked with now; none once they are too old."""
+        held = self._held
+        return frozenset(held.keys if held and self._clock() < held.usable_until else ())
+
+    def when_loaded(self, listener: Callable[[], None]) -> None:
+        """Call `listener` after each fetch that succeeds, in the thread of the fetch."""
+        self._when_loaded.append(listener)
+
+    def refresh(self) -> bool:
+        """Fetch the set although nobody asks for a key; return whether it was fetched.
+
+        Block for `timeout` seconds at most. False too while a failed fetch is not to be repeated.
+        """
+        with self._lock:
+            before = self._held
+            fetch = self._fetch_under_way(self._clock())
+        if fetch is None:
+            return False
+        concurrent.futures.wait([fetch.done], timeout=self._timeout)
+        return self._held is not before
 
     def stats(self) -> Mapping[str, float]:
         """Return the figures to watch, counted since the start.
@@ -180,10 +206,19 @@ class JWKSClient:
             _logger.warning("fetching keys failed: %s", outcome)
         now = self._clock()
         with self._lock:
-            if self._fetch is fetch:
+            counts = self._fetch is fetch
+            if counts:
                 self._fetch = None
                 self._settle(outcome, now)
         fetch.done.set_result(None)
+        if counts and not isinstance(outcome, str):
+            for listener in self._when_loaded:
+                listener()
+
+    def _forget_fetch(self) -> None:
+        # The thread stayed behind with the parent, and perhaps the lock with it.
+        self._lock = threading.Lock()
+        self._fetch = None
 
     def _load(self) -> tuple[Keys, float]:
         uri = self._jwks_uri if isinstance(self._jwks_uri, str) else self._jwks_uri()

@@ -5,11 +5,15 @@ It must not let a request through whose token claims a trusted issuer and was no
 
 import json
 import math
+import re
+import uuid
 from collections.abc import Awaitable, Callable, Collection, Iterable, MutableMapping
 from typing import Any, TypeAlias
 
+from .events import checked_action
 from .jwks_client import KeysUnavailable
 from .jwt import InvalidToken, SignedClaims, claimed_issuers, describable
+from .reporter import Reporter
 from .verifier import Verifier
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -20,7 +24,10 @@ ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 SCOPE_KEY = "privyseal"
 
+_FAILED = 500  # also when there was no answer
+_DESCRIPTION_KEY = "privyseal.call"
 _POLICY_VIOLATION = 1008  # RFC 6455 §7.4.1
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # as the authority takes it
 
 
 class Refusal(Exception):
@@ -89,6 +96,9 @@ class BearerMiddleware:
     `pass_other_issuers`, tokens that claim no issuer of the verifier's go through as they are, to
     be verified elsewhere. In both cases `scope["privyseal"]` is None. A Refusal that the
     application raises before it has begun to answer becomes the answer.
+
+    If the verifier has a reporter, each request with a verified identity is reported once it is
+    answered, and a WebSocket when it is accepted or refused. `describe` says what it was about.
     """
 
     def __init__(
@@ -106,16 +116,28 @@ class BearerMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
+            self._verifier.start()
             await self._app(scope, receive, send)
             return
         if scope["type"] not in ("http", "websocket"):
             raise ValueError(f"expected an http or websocket scope, found {scope['type']}")
         try:
-            scope[SCOPE_KEY] = await self._identity(scope)
+            caller = scope[SCOPE_KEY] = await self._identity(scope)
         except Refusal as refusal:
             await refusal(scope, receive, send)
             return
-        await self._answer(scope, receive, send)
+        reporter = None if caller is None else self._verifier.reporter_to(caller.iss)
+        if caller is None or reporter is None:
+            await self._answer(scope, receive, send)
+            return
+        call = _Call(scope, caller, reporter)
+        try:
+            await self._answer(scope, receive, call.watched(send))
+        except BaseException:
+            call.status = _FAILED
+            raise
+        finally:
+            call.report()
 
     async def _identity(self, scope: Scope) -> SignedClaims | None:
         if scope["path"] in self._exempt_paths:
@@ -151,6 +173,84 @@ class BearerMiddleware:
             await refusal(scope, receive, send)
 
 
+class _Call:
+    """One request with a verified identity, until it is reported: once."""
+
+    def __init__(self, scope: Scope, caller: SignedClaims, reporter: Reporter) -> None:
+        self.status = _FAILED
+        self._scope = scope
+        self._caller = caller
+        self._reporter = reporter
+        self._signature = _bearer_token(scope["headers"]).rpartition(".")[2]
+        self._described: dict[str, str] = {}
+        self._reported = False
+        scope[_DESCRIPTION_KEY] = self._described
+
+    def watched(self, send: Send) -> Send:
+        async def send_on(message: Message) -> None:
+            match message["type"]:
+                case "http.response.start" | "websocket.http.response.start":
+                    self.status = message["status"]
+                case "websocket.accept":
+                    self.status = 101
+                case "websocket.close" if not self._reported:
+                    self.status = 403
+                case _:
+                    pass
+            if self._scope["type"] == "websocket":
+                # It may stay open for days; what it is used for is known now.
+                self.report()
+            await send(message)
+
+        return send_on
+
+    def report(self) -> None:
+        if self._reported:
+            return
+        self._reported = True
+        scope = self._scope
+        request_id = _header(scope, b"x-request-id")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = str(uuid.uuid4())
+        address, _ = scope.get("client") or ("", 0)
+        failed = self.status >= 500
+        self._reporter.api_call(
+            self._caller,
+            self._signature,
+            action=self._described.get("action", "api.call"),
+            resource=self._described.get(
+                "resource", f"{scope.get('method', 'WEBSOCKET')} {scope['path']}"
+            ),
+            outcome="failed" if failed else "refused" if self.status >= 400 else "success",
+            request_id=request_id,
+            client_address=address,
+            user_agent=_header(scope, b"user-agent"),
+            department=self._described.get("department", ""),
+        )
+
+
+def describe(
+    scope: Scope,
+    *,
+    action: str | None = None,
+    resource: str | None = None,
+    department: str | None = None,
+) -> None:
+    """Say for the report what this request is about; what is left out stays as it was.
+
+    Unless told, the action is `api.call` and the resource the method and path, without the query.
+    Raise ValueError for an action that is not two lower-case words with a dot between. Without a
+    reporter nothing comes of it.
+    """
+    described: dict[str, str] = scope.get(_DESCRIPTION_KEY, {})
+    if action is not None:
+        described["action"] = checked_action(action)
+    if resource is not None:
+        described["resource"] = str(resource)
+    if department is not None:
+        described["department"] = str(department)
+
+
 def require_scope(scope: Scope, *needed: str) -> SignedClaims:
     """Return the verified identity of an ASGI scope if it was granted each scope in `needed`.
 
@@ -167,6 +267,13 @@ def require_scope(scope: Scope, *needed: str) -> SignedClaims:
             403, "insufficient_scope", f"scope: expected {wanted}, found {found}", scope=wanted
         )
     return identity
+
+
+def _header(scope: Scope, wanted: bytes) -> str:
+    for name, value in scope["headers"]:
+        if name.lower() == wanted:
+            return value.decode("latin-1")
+    return ""
 
 
 def _bearer_token(headers: Iterable[tuple[bytes, bytes]]) -> str:

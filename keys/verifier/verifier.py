@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from .fetch import checked_url
+from .fetch import checked_issuer
 from .jwks_client import Clock, JWKSClient, Keys, discover
 from .jwt import (
     ABSENT,
@@ -21,6 +21,7 @@ from .jwt import (
     shown,
     verify,
 )
+from .reporter import Reporter
 
 _MAX_SKEW = 300.0
 
@@ -33,6 +34,7 @@ class _TrustedIssuer:
     clock: Clock
     skew: float
     max_lifetime: int
+    reporter: Reporter | None
 
     def check(self, unverified_jwt: UnverifiedJWT, keys: Keys) -> SignedClaims:
         return verify(
@@ -55,7 +57,9 @@ class Verifier:
     place brings settings of its own. `clock` is in seconds since the epoch, `skew` and
     `max_lifetime` are in seconds.
 
-    Nothing is fetched before the first token comes.
+    Nothing is fetched before the first token comes, unless there is a `reporter`: with it the keys
+    are loaded at once, and anew every hour, and the issuer is told which ones they are. A process
+    forked later begins to report when it verifies its first token.
     """
 
     def __init__(
@@ -67,8 +71,9 @@ class Verifier:
         clock: Clock = time.time,
         skew: float = DEFAULT_SKEW,
         max_lifetime: int = MAX_LIFETIME,
+        reporter: Reporter | None = None,
     ) -> None:
-        _check_issuer(issuer)
+        checked_issuer(issuer)
         if not audience:
             raise ValueError("audience: expected text, found none")
         if not 0 <= skew <= _MAX_SKEW:
@@ -79,6 +84,10 @@ class Verifier:
             jwks_uri = JWKSClient(lambda: discover(issuer))
         elif isinstance(jwks_uri, str):
             jwks_uri = JWKSClient(jwks_uri)
+        if reporter is not None:
+            if reporter.issuer != issuer:
+                raise ValueError(f"reporter: expected one to {issuer}, found {reporter.issuer}")
+            reporter.watch(jwks_uri)
         self._trusted: Mapping[str, _TrustedIssuer] = {
             issuer: _TrustedIssuer(
                 issuer=issuer,
@@ -87,6 +96,7 @@ class Verifier:
                 clock=clock,
                 skew=skew,
                 max_lifetime=max_lifetime,
+                reporter=reporter,
             )
         }
 
@@ -125,8 +135,24 @@ class Verifier:
         return terms.check(unverified_jwt, await terms.jwks.keys_for_async(unverified_jwt.kid))
 
     def stats(self) -> Mapping[str, Mapping[str, float]]:
-        """Return the figures of `JWKSClient.stats` for each issuer."""
-        return {issuer: terms.jwks.stats() for issuer, terms in self._trusted.items()}
+        """Return the figures of `JWKSClient.stats` and `Reporter.stats` for each issuer."""
+        return {
+            issuer: {**terms.jwks.stats(), **(terms.reporter.stats() if terms.reporter else {})}
+            for issuer, terms in self._trusted.items()
+        }
+
+    def reporter_to(self, issuer: str) -> Reporter | None:
+        """Return what reports to this issuer, if anything does, and see that it is running."""
+        terms = self._trusted.get(issuer)
+        if terms is None or terms.reporter is None:
+            return None
+        terms.reporter.start()
+        return terms.reporter
+
+    def start(self) -> None:
+        """See that whatever reports is running in this process, which may be a forked one."""
+        for issuer in self._trusted:
+            self.reporter_to(issuer)
 
     def _terms_for(self, unverified_jwt: UnverifiedJWT) -> _TrustedIssuer:
         terms = self._trusted.get(unverified_jwt.unverified_iss or "")
@@ -134,10 +160,6 @@ class Verifier:
             expected = " or ".join(f"'{issuer}'" for issuer in sorted(self._trusted))
             found = shown(unverified_jwt.unverified_claims.get("iss", ABSENT))
             raise InvalidToken(f"iss: expected {expected}, found {found}")
+        if terms.reporter is not None:
+            terms.reporter.start()
         return terms
-
-
-def _check_issuer(issuer: str) -> None:
-    parts = checked_url(issuer)
-    if issuer != f"{parts.scheme}://{parts.netloc}":
-        raise ValueError(f"issuer: expected an origin without path and query, found {issuer}")

@@ -75,6 +75,7 @@ class CurlAnswer:
 
 Exchange = Callable[..., str]
 Curl = Callable[..., CurlAnswer]
+Node = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session")
@@ -272,3 +273,19 @@ def _answers(url: str) -> bool:
         return httpx.get(url, timeout=1).status_code == 200
     except httpx.TransportError:
         return False
+
+
+@pytest.fixture(scope="session")
+def node(node_packages: Path) -> Node:
+    """`node(program, **given)` runs a program of `node/` with `given` as JSON on its input."""
+
+    def run(name: str, **given: Any) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            ("node", node_packages / name),
+            input=json.dumps(given),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return run

@@ -237,6 +237,77 @@ def test_an_upload_above_ten_mebibytes_is_refused_and_leaves_nothing(
     assert sorted(ingest.data_dir.iterdir()) == before
 
 
+@pytest.fixture
+def search(curl: Curl, ingest: IngestService) -> Callable[..., CurlAnswer]:
+    """`search(token, "name=value", …)` asks for documents."""
+
+    def run(token: str, *query: str) -> CurlAnswer:
+        url = f"{ingest.url}/api/v1/search?{'&'.join(query)}"
+        return curl("-H", f"Authorization: Bearer {token}", url)
+
+    return run
+
+
+def test_a_search_finds_the_newest_documents_of_ones_own_source_system_alone(
+    upload: Upload,
+    search: Callable[..., CurlAnswer],
+    token: str,
+    exchange: Exchange,
+    new_integrator: Callable[..., Integrator],
+) -> None:
+    branch = exchange(
+        new_integrator("branch-search", "branch_search", "ingest:write", "search:read")
+    )
+    audit = exchange(new_integrator("audit-search", "audit", "search:read", "search:all"))
+    uploaded: list[str] = []
+    for who, source_tag, external_id in (
+        (token, "vkyc", "search-1"),
+        (branch, "branch_search", "search-1"),
+        (token, "vkyc", "search-2"),
+        (token, "vkyc", "search-1"),
+    ):
+        metadata = {**METADATA, "source_tag": source_tag, "external_id": external_id}
+        answer = upload(who, metadata=json.dumps(metadata))
+        assert answer.status == 201, answer.body
+        uploaded.append(answer.json["document_id"])
+
+    def found(who: str, *query: str) -> list[str]:
+        answer = search(who, *query)
+        assert answer.status == 200, answer.body
+        return [document["document_id"] for document in answer.json["documents"]]
+
+    first, foreign, second, third = uploaded
+    assert found(token, "external_id=search-1") == [third, first]
+    assert found(token, "external_id=search-1", "limit=1") == [third]
+    assert found(token)[:3] == [third, second, first]
+    assert found(branch) == [foreign]
+    assert found(audit, "external_id=search-1") == [third, foreign, first]
+    assert found(audit, "external_id=search-1", "department=wholesale") == []
+    assert found(token, "document_category=kyc_vkyc", "department=retail")[:1] == [third]
+
+
+def test_a_search_needs_its_scope(
+    search: Callable[..., CurlAnswer], exchange: Exchange, vkyc: Integrator
+) -> None:
+    answer = search(exchange(vkyc, scope="ingest:write"))
+    assert answer.status == 403
+    assert 'scope="search:read"' in answer.headers["WWW-Authenticate"]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        *("limit=0", "limit=101", "limit=x", "limit=", "external_id=", "department=a%20b"),
+        *("source_system=branch_scan", "external_id=a&external_id=b"),
+    ],
+)
+def test_a_query_that_cannot_be_read_is_named(
+    query: str, search: Callable[..., CurlAnswer], token: str
+) -> None:
+    answer = search(token, query)
+    assert (answer.status, answer.json["error"]) == (422, "invalid_query")
+
+
 def test_health_and_metrics_need_no_token(curl: Curl, ingest: IngestService) -> None:
     assert curl(f"{ingest.url}/healthz").json == {"alive": True}
     assert curl(f"{ingest.url}/metrics").headers["Content-Type"].startswith("text/plain")

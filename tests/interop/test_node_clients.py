@@ -4,49 +4,18 @@ It must not run where their packages cannot be had.
 """
 
 import json
-import shutil
 import subprocess
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
-from tests.interop.conftest import Authority, Exchange, Integrator
+from tests.interop.conftest import Authority, Exchange, Integrator, Node
 
 AUDIENCE = "http://127.0.0.1:8081"
-NODE = Path(__file__).parent / "node"
-
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture(scope="module")
-def node(skip_or_fail: Callable[[str], NoReturn]) -> Run:
-    """`node(program, **given)` runs a program of `node/` with `given` as JSON on its input."""
-    program, npm = shutil.which("node"), shutil.which("npm")
-    if program is None or npm is None:
-        skip_or_fail("there is no node with npm")
-    # Written by npm at the end of an installation.
-    if not (NODE / "node_modules" / ".package-lock.json").exists():
-        install = (npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefer-offline")
-        done = subprocess.run(install, cwd=NODE, capture_output=True, text=True, timeout=120)
-        if done.returncode != 0:
-            skip_or_fail(f"npm ci failed in {NODE.name}/: {done.stderr}")
-
-    def run(name: str, **given: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            (program, NODE / name),
-            input=json.dumps(given),
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    return run
 
 
 def test_jose_fetches_the_keys_and_verifies(
-    node: Run, authority: Authority, exchange: Exchange, vkyc: Integrator
+    node: Node, authority: Authority, exchange: Exchange, vkyc: Integrator
 ) -> None:
     verified = _output(_jose(node, authority, exchange(vkyc), AUDIENCE))
     assert {*verified["header"]} == {"alg", "typ", "kid"}
@@ -55,7 +24,7 @@ def test_jose_fetches_the_keys_and_verifies(
 
 
 def test_jose_refuses_the_token_at_another_audience(
-    node: Run, authority: Authority, exchange: Exchange, vkyc: Integrator
+    node: Node, authority: Authority, exchange: Exchange, vkyc: Integrator
 ) -> None:
     refused = _jose(node, authority, exchange(vkyc), "https://search.example")
     assert refused.returncode != 0
@@ -64,7 +33,7 @@ def test_jose_refuses_the_token_at_another_audience(
 
 @pytest.mark.parametrize("method", ["ClientSecretBasic", "ClientSecretPost"])
 def test_oauth4webapi_discovers_exchanges_and_validates(
-    method: str, node: Run, authority: Authority, vkyc: Integrator
+    method: str, node: Node, authority: Authority, vkyc: Integrator
 ) -> None:
     got = _output(_oauth4webapi(node, authority, method, vkyc))
     assert got["answer"]["token_type"] == "bearer"  # oauth4webapi puts it in lower case
@@ -74,7 +43,7 @@ def test_oauth4webapi_discovers_exchanges_and_validates(
 
 @pytest.mark.parametrize("method", ["ClientSecretBasic", "ClientSecretPost"])
 def test_oauth4webapi_understands_that_a_scope_is_refused(
-    method: str, node: Run, authority: Authority, vkyc: Integrator
+    method: str, node: Node, authority: Authority, vkyc: Integrator
 ) -> None:
     refused = _oauth4webapi(node, authority, method, vkyc, scope="ingest:delete")
     assert refused.returncode != 0
@@ -83,7 +52,7 @@ def test_oauth4webapi_understands_that_a_scope_is_refused(
 
 @pytest.mark.parametrize("method", ["ClientSecretBasic", "ClientSecretPost"])
 def test_oauth4webapi_understands_that_a_secret_is_wrong(
-    method: str, node: Run, authority: Authority, vkyc: Integrator
+    method: str, node: Node, authority: Authority, vkyc: Integrator
 ) -> None:
     refused = _oauth4webapi(node, authority, method, vkyc, clientSecret="wrong")
     assert refused.returncode != 0
@@ -93,7 +62,7 @@ def test_oauth4webapi_understands_that_a_secret_is_wrong(
 
 
 def _jose(
-    node: Run, authority: Authority, access_token: str, audience: str
+    node: Node, authority: Authority, access_token: str, audience: str
 ) -> "subprocess.CompletedProcess[str]":
     return node(
         "jose.mjs",
@@ -105,7 +74,7 @@ def _jose(
 
 
 def _oauth4webapi(
-    node: Run, authority: Authority, method: str, vkyc: Integrator, **changed: str
+    node: Node, authority: Authority, method: str, vkyc: Integrator, **changed: str
 ) -> "subprocess.CompletedProcess[str]":
     given = {
         "issuer": authority.issuer,

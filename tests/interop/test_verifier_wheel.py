@@ -17,12 +17,12 @@ REPOSITORY = Path(__file__).parents[2]
 REQUIRED = ("PyJWT", "cryptography", "cffi", "pycparser")
 
 PROGRAM = """
-import importlib.util, sys, threading, time, uuid
+import importlib.util, pathlib, sys, tempfile, threading, time, uuid
 from http.server import BaseHTTPRequestHandler, HTTPServer
 import jwt
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 import privyseal_verifier
-from privyseal_verifier import InvalidToken, Verifier, encode_jwks, thumbprint
+from privyseal_verifier import InvalidToken, Reporter, Verifier, encode_jwks, thumbprint
 
 assert privyseal_verifier.__file__.startswith(sys.prefix), privyseal_verifier.__file__
 for foreign in ("keys", "service", "litestar", "msgspec", "httpx"):
@@ -49,12 +49,18 @@ token = jwt.encode(
      "source_system": "vkyc"},
     key, "RS256", {"typ": "at+jwt", "kid": thumbprint(key.public_key())},
 )
-verifier = Verifier(issuer, "ingest", f"{issuer}/jwks.json")
+spool = tempfile.TemporaryDirectory()
+reporter = Reporter(issuer, "cr_a", "pvs_secret", spool=pathlib.Path(spool.name))
+verifier = Verifier(issuer, "ingest", f"{issuer}/jwks.json", reporter=reporter)
 print(verifier.verify(token).service_user)
 try:
     verifier.verify(token[:-4] + "AAAA")
 except InvalidToken as error:
     print(error)
+while not verifier.stats()[issuer]["report_retries"]:  # nobody there takes reports
+    time.sleep(0.01)
+reporter.close()
+spool.cleanup()
 """
 
 

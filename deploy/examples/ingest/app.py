@@ -4,19 +4,21 @@ It must not ask the authority about a request, nor believe what a request says o
 """
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
 import re
 import sys
 import uuid
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, BinaryIO, Self, cast
+from urllib.parse import urlencode
 
-from privyseal_verifier import BearerMiddleware, Verifier, require_scope
+from privyseal_verifier import BearerMiddleware, Reporter, Verifier, describe, require_scope
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
@@ -28,10 +30,16 @@ from starlette.routing import Route
 from starlette.types import Message, Receive
 
 SCOPE = "ingest:write"
+SEARCH_SCOPE = "search:read"
+SEARCH_ALL_SCOPE = "search:all"
 DEPARTMENT_HEADER = "X-Approver-Department"
 MAX_BODY = 10 * 1024 * 1024  # bytes of the whole request: the file and what surrounds it
 MAX_METADATA = 16 * 1024  # bytes
 UPLOAD_DEADLINE = 60.0  # seconds
+MAX_FOUND = 100
+MAX_SEARCHED = 10_000  # documents, the newest; a real service has an index
+
+GAUGES = ("keys", "age_seconds", "events_queued", "events_spooled", "report_age_seconds")
 
 _BLOCK = 64 * 1024
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
@@ -46,6 +54,11 @@ class Settings:
     jwks_uri: str | None
     """None: where the issuer's metadata says (RFC 8414)."""
     data_dir: Path
+    client_id: str | None
+    """With the secret: whose credential reports every call to the issuer. None: no reports."""
+    client_secret: str | None = field(repr=False)
+    spool_dir: Path | None
+    """Where reports wait while the issuer is away. None: in memory."""
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Self:
@@ -53,16 +66,35 @@ class Settings:
 
         Raise ValueError for a variable that nobody reads: a misspelt setting must not be silent.
         """
-        known = {"INGEST_ISSUER", "INGEST_AUDIENCE", "INGEST_JWKS_URI", "INGEST_DATA_DIR"}
+        known = {
+            *("INGEST_ISSUER", "INGEST_AUDIENCE", "INGEST_JWKS_URI", "INGEST_DATA_DIR"),
+            *("INGEST_CLIENT_ID", "INGEST_CLIENT_SECRET", "INGEST_SPOOL_DIR"),
+        }
         given = {name for name in environ if name.startswith("INGEST_")}
         if unknown := sorted(given - known):
             raise ValueError(f"{unknown[0]}: expected one of {', '.join(sorted(known))}")
+        client_id = environ.get("INGEST_CLIENT_ID") or None
+        client_secret = environ.get("INGEST_CLIENT_SECRET") or None
+        spool_dir = environ.get("INGEST_SPOOL_DIR")
+        if (client_id is None) != (client_secret is None):
+            raise ValueError("expected INGEST_CLIENT_ID and INGEST_CLIENT_SECRET, found one")
+        if spool_dir and client_id is None:
+            raise ValueError("INGEST_SPOOL_DIR: expected INGEST_CLIENT_ID as well, found none")
         return cls(
             issuer=environ.get("INGEST_ISSUER") or "http://127.0.0.1:8080",
             audience=environ.get("INGEST_AUDIENCE") or "http://127.0.0.1:8081",
             jwks_uri=environ.get("INGEST_JWKS_URI") or None,
             data_dir=Path(environ.get("INGEST_DATA_DIR") or "var/ingest"),
+            client_id=client_id,
+            client_secret=client_secret,
+            spool_dir=Path(spool_dir) if spool_dir else None,
         )
+
+    def reporter(self) -> Reporter | None:
+        """Return what reports to the issuer, if there is a credential for it."""
+        if self.client_id is None or self.client_secret is None:
+            return None
+        return Reporter(self.issuer, self.client_id, self.client_secret, spool=self.spool_dir)
 
 
 class NotAccepted(Exception):
@@ -125,9 +157,11 @@ class Ingest:
 
     async def upload(self, request: Request) -> Response:
         """Answer 201 once document and attribution are on disk."""
+        describe(request.scope, action="document.ingest", resource="documents")
         caller = require_scope(request.scope, SCOPE)  # before a byte of the body is read
         _require_multipart(request)
         department = _department(request)
+        describe(request.scope, department=department)
         bounded = Request(request.scope, _at_most(MAX_BODY, request.receive))
         try:
             async with (
@@ -150,6 +184,7 @@ class Ingest:
                         f"the metadata's department, found {_shown(department)}",
                     )
                 document_id = uuid.uuid4().hex
+                describe(request.scope, resource=f"documents/{document_id}")
                 size, sha256 = await run_in_threadpool(self._store_file, document_id, file.file)
         except UnicodeError:
             raise NotAccepted(
@@ -178,6 +213,39 @@ class Ingest:
         await run_in_threadpool(self._store_attribution, attribution)
         return JSONResponse(asdict(attribution), HTTPStatus.CREATED)
 
+    async def search(self, request: Request) -> Response:
+        """Answer with the attributions that match, newest first: those of the caller's source
+        system, or of all with the scope `search:all`.
+        """
+        describe(request.scope, action="document.search", resource="documents")
+        caller = require_scope(request.scope, SEARCH_SCOPE)
+        wanted, limit = _query(request)
+        describe(
+            request.scope,
+            resource=f"documents?{urlencode(wanted)}",
+            department=wanted.get("department", ""),
+        )
+        if SEARCH_ALL_SCOPE not in caller.scope:
+            wanted["source_system"] = caller.source_system
+        found = await run_in_threadpool(self._find, wanted, limit)
+        return JSONResponse({"documents": [asdict(attribution) for attribution in found]})
+
+    def _find(self, wanted: Mapping[str, str], limit: int) -> list[Attribution]:
+        with os.scandir(self._data_dir) as entries:
+            written = [
+                (entry.stat().st_mtime_ns, entry.path)
+                for entry in entries
+                if entry.name.endswith(".json")
+            ]
+        found: list[Attribution] = []
+        for _, path in sorted(written, reverse=True)[:MAX_SEARCHED]:
+            stored = json.loads(Path(path).read_bytes())
+            if wanted.items() <= stored.items():
+                found.append(Attribution(**stored))
+                if len(found) == limit:
+                    break
+        return found
+
     def _store_file(self, document_id: str, source: BinaryIO) -> tuple[int, str]:
         """Copy block by block; return the size in bytes and the SHA-256 in hexadecimal."""
         digest, size = hashlib.sha256(), 0
@@ -201,9 +269,16 @@ class Ingest:
 
 
 def create_app(settings: Settings) -> Starlette:
-    """Put the service together; nothing is fetched before the first token comes."""
-    verifier = Verifier(settings.issuer, settings.audience, settings.jwks_uri)
+    """Put the service together. It reaches the issuer before the first token only to report."""
+    reporter = settings.reporter()
+    verifier = Verifier(settings.issuer, settings.audience, settings.jwks_uri, reporter=reporter)
     ingest = Ingest(settings.data_dir)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncGenerator[None, None]:
+        yield
+        if reporter is not None:
+            await run_in_threadpool(reporter.close)
 
     async def healthz(_: Request) -> Response:
         return JSONResponse({"alive": True})
@@ -214,6 +289,7 @@ def create_app(settings: Settings) -> Starlette:
     return Starlette(
         routes=[
             Route("/api/v1/ingest", ingest.upload, methods=["POST"]),
+            Route("/api/v1/search", ingest.search),
             Route("/healthz", healthz),
             Route("/metrics", metrics),
         ],
@@ -225,6 +301,7 @@ def create_app(settings: Settings) -> Starlette:
             HTTPException: _answer_http_exception,
             ClientDisconnect: _answer_nobody,
         },
+        lifespan=lifespan,
     )
 
 
@@ -232,7 +309,7 @@ def prometheus_text(stats: Mapping[str, Mapping[str, float]]) -> str:
     """Return the verifier's figures, issuer by issuer, in Prometheus' text format."""
     lines: list[str] = []
     for name in sorted({name for figures in stats.values() for name in figures}):
-        gauge = name in ("keys", "age_seconds")
+        gauge = name in GAUGES
         metric = f"privyseal_verifier_{name}" if gauge else f"privyseal_verifier_{name}_total"
         lines.append(f"# TYPE {metric} {'gauge' if gauge else 'counter'}")
         lines += [
@@ -261,6 +338,23 @@ def _department(request: Request) -> str:
             f"{DEPARTMENT_HEADER}: expected one, found {len(found)}",
         )
     return found[0]
+
+
+def _query(request: Request) -> tuple[dict[str, str], int]:
+    names = ("external_id", "document_category", "department", "limit")
+    given = request.query_params.multi_items()
+    parameters = dict(given)
+    if len(parameters) != len(given) or not parameters.keys() <= {*names}:
+        raise _bad_query(f"expected each of {', '.join(names)} at most once, found others")
+    limit = parameters.pop("limit", str(MAX_FOUND))
+    if not re.fullmatch("[1-9][0-9]{0,2}", limit) or int(limit) > MAX_FOUND:
+        raise _bad_query(f"limit: expected 1 to {MAX_FOUND}, found {_shown(limit)}")
+    for name, value in parameters.items():
+        if not _IDENTIFIER.fullmatch(value):
+            raise _bad_query(
+                f"{name}: expected up to 128 letters, digits or . _ : -, found {_shown(value)}"
+            )
+    return parameters, int(limit)
 
 
 def _at_most(limit: int, receive: Receive) -> Receive:
@@ -316,6 +410,10 @@ def _bad_metadata(description: str) -> NotAccepted:
     return NotAccepted(
         HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_metadata", f"metadata: {description}"
     )
+
+
+def _bad_query(description: str) -> NotAccepted:
+    return NotAccepted(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_query", f"query: {description}")
 
 
 def _shown(value: object) -> str:

@@ -17,7 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 from keys.verifier import JWKSClient, KeysUnavailable, discover, encode_jwks, thumbprint
-from keys.verifier.fetch import FetchFailed, get
+from keys.verifier.fetch import FetchFailed, get, post
 
 
 class Clock:
@@ -43,6 +43,10 @@ class KeyServer:
         answers = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.do_GET()
+
             def do_GET(self) -> None:
                 answers.requests += 1
                 answers.released.wait(10)
@@ -381,6 +385,41 @@ def test_a_body_of_more_than_1_mib_is_not_read(server: KeyServer) -> None:
         get(server.url, timeout=2)
 
 
+def test_a_post_is_answered_by_whoever_was_asked_and_nobody_else() -> None:
+    def answer(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            # It answers before the body has come, and hangs up.
+            connection.sendall(
+                b"HTTP/1.1 307 X\r\nLocation: https://elsewhere.example.com/\r\n"
+                b"Retry-After: 7\r\nContent-Length: 2\r\n\r\n{}"
+            )
+            connection.shutdown(socket.SHUT_WR)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer, args=(listener,))
+        thread.start()
+        found = post(
+            f"http://127.0.0.1:{listener.getsockname()[1]}/",
+            b"x" * 4_000_000,
+            content_type="text/plain",
+            authorization="Bearer secret",
+            timeout=2,
+        )
+        thread.join()
+    assert (found.status, found.body, found.retry_after) == (307, b"{}", 7)
+
+
+def test_a_failed_post_tells_no_secret(server: KeyServer) -> None:
+    for url in ("http://127.0.0.1:1/", server.url):
+        server.headers = {"Content-Length": "100000"}
+        with pytest.raises(FetchFailed) as failed:
+            post(url, b"secret", content_type="a/b", authorization="Bearer secret", timeout=1)
+        assert "secret" not in str(failed.value)
+    with pytest.raises(ValueError, match="expected https"):
+        post("http://a.example.com/", b"", content_type="a/b", authorization="", timeout=1)
+
+
 def test_a_server_that_drips_is_cut_off() -> None:
     stop = threading.Event()
 
@@ -479,6 +518,25 @@ async def test_one_who_gives_up_does_not_take_the_keys_from_the_others(
     with anyio.fail_after(5):
         assert kid in await client.keys_for_async(kid)
     assert server.requests == 1
+
+
+def test_the_kids_at_hand_are_named_as_long_as_they_are_usable(
+    server: KeyServer, client: JWKSClient, clock: Clock, kid: str
+) -> None:
+    loaded: list[frozenset[str]] = []
+    client.when_loaded(lambda: loaded.append(client.kids))
+    assert client.kids == frozenset()
+    assert client.refresh()
+    assert client.kids == {kid}
+    eventually(lambda: loaded == [{kid}])
+    assert not client.refresh()  # within a second
+    clock.now += 300 + 7199
+    server.status = 500
+    assert not client.refresh()
+    assert client.kids == {kid}
+    clock.now += 1
+    assert client.kids == frozenset()
+    assert len(loaded) == 1
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
