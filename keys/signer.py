@@ -4,7 +4,7 @@ Never shows a private key: it makes, opens and destroys them, and signs.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Protocol
 
@@ -78,6 +78,10 @@ class Custody(Protocol):
         """Destroy what this custody itself holds of a key; one that is gone is no error."""
         ...
 
+    async def listed(self) -> Sequence[str]:
+        """Return the URIs of the keys that this custody itself holds."""
+        ...
+
 
 class LocalSigner:
     """A private key in the memory of this process; OpenSSL signs without the interpreter lock."""
@@ -114,6 +118,10 @@ class LocalCustody:
     async def destroy(self, uri: str) -> None:
         """Nothing is held here: the store forgets the sealed half with the change of state."""
 
+    async def listed(self) -> Sequence[str]:
+        """Nothing is held here."""
+        return ()
+
     def _keks(self) -> KeyEncryptionKeys:
         try:
             return self._read_keks()
@@ -143,6 +151,10 @@ class CustodyBySchemes:
     async def destroy(self, uri: str) -> None:
         """Destroy a private half where it was made."""
         await self._custody_of(uri).destroy(uri)
+
+    async def listed(self) -> Sequence[str]:
+        """Return the URIs of the keys that any of the custodies holds."""
+        return [uri for custody in self._custodies.values() for uri in await custody.listed()]
 
     def _custody_of(self, uri: str) -> Custody:
         scheme = uri.partition(":")[0] + ":"

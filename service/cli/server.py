@@ -340,6 +340,25 @@ async def _check_keys(settings: Settings) -> str:
     return f"all open, with {settings.kek_path}"
 
 
+async def _check_custody(settings: Settings) -> str:
+    """Name what an HSM holds and no signing key needs: a pair that was made as a process died."""
+    from service.app import custody, kek_reader
+    from service.store.database import Database
+    from service.store.signing_keys import SigningKeys
+
+    with ThreadPoolExecutor(1) as executor:
+        held = await custody(settings, kek_reader(settings.kek_path), executor).listed()
+    async with Database(_dsn(settings), application_name="privyseal command") as database:
+        known = await SigningKeys(database, clock_skew=settings.clock_skew).kept_elsewhere()
+    where = settings.key_custody.partition("?")[0]
+    if unknown := sorted(frozenset(held) - known):
+        return (
+            f"{where}. It also holds keys that this database does not name: destroy them there, "
+            "unless another installation uses them:\n" + "\n".join(unknown)
+        )
+    return where
+
+
 async def _unusable_keys(settings: Settings) -> list[tuple[str, str]]:
     """Return where each key is kept that should sign, now or next, and cannot be used; and why."""
     from service.app import custody, kek_reader
@@ -378,6 +397,7 @@ _CHECKS: Final[dict[str, Callable[[Settings], Coroutine[Any, Any, str]]]] = {
     "clock": _check_clock,
     "schema": _check_schema,
     "keys": _check_keys,
+    "custody": _check_custody,
 }
 """In this order each relies on those before it."""
 

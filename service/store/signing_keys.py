@@ -44,6 +44,10 @@ SELECT kid, signer FROM signing_keys
  WHERE state IN ('retiring', 'retired', 'revoked') AND signer <> 'local:' AND destroyed_at IS NULL
 """
 
+SELECT_KEPT_ELSEWHERE = """
+SELECT signer FROM signing_keys WHERE signer <> 'local:' AND destroyed_at IS NULL
+"""
+
 SELECT_HOLDERS = """
 SELECT service_user_id, max(service_user) AS service_user, count(*) AS count,
        to_timestamp(max(exp)) AS last_ends_at
@@ -150,6 +154,12 @@ class SigningKeys:
         where they were made. Sealed halves are not among them: those went with the state."""
         async with self._database.connection() as connection:
             return [(row["kid"], row["signer"]) for row in await connection.fetch(SELECT_DOOMED)]
+
+    async def kept_elsewhere(self) -> frozenset[str]:
+        """Return the URIs of the private halves that this database names and does not hold."""
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(SELECT_KEPT_ELSEWHERE)
+        return frozenset(row["signer"] for row in rows)
 
     async def destroyed(self, kid: str, record: AuditRecord) -> bool:
         """Note that a private half is destroyed where it was made."""

@@ -1,0 +1,166 @@
+"""The whole exchange with a signing key that was made in an HSM and never left it.
+
+The HSM is SoftHSM 2, a token of its own in a new folder; the clients are none of ours.
+"""
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import httpx
+import jwt
+import pytest
+
+from keys.envelope import KeyEncryptionKeys, new_kek_line
+from keys.pkcs11 import Pkcs11Custody
+from keys.signer import Custody, LocalCustody
+from tests import softhsm
+from tests.interop.conftest import Authority
+from tests.softhsm import Token
+
+StartAuthority = Callable[..., AbstractContextManager[Authority]]
+
+PRIVYSEAL = str(Path(sys.executable).with_name("privyseal"))
+SECONDS_OF_SIGNING = 1.5
+AT_ONCE = 8
+
+
+@pytest.fixture(scope="module")
+def token(skip_or_fail: Callable[[str], NoReturn]) -> Generator[Token, None, None]:
+    if missing := softhsm.missing():
+        skip_or_fail(missing)
+    with softhsm.token() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def authority(token: Token, start_authority: StartAuthority) -> Generator[Authority, None, None]:
+    with start_authority(**token.environ, PRIVYSEAL_KEY_CUSTODY=token.uri) as running:
+        # It serves while its first key is being made.
+        until(lambda: httpx.get(f"{running.issuer}/readyz").json()["can_sign"])
+        yield running
+
+
+def privyseal(authority: Authority, *arguments: str) -> str:
+    done = subprocess.run(
+        (PRIVYSEAL, *arguments),
+        env={
+            **authority.environ,
+            "PRIVYSEAL_URL": authority.issuer,
+            "PRIVYSEAL_CLIENT_ID": authority.client_id,
+            "PRIVYSEAL_CLIENT_SECRET": authority.client_secret,
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def exchange(authority: Authority) -> str:
+    answer = httpx.post(
+        f"{authority.issuer}/oauth/token",
+        data={"grant_type": "client_credentials"},
+        auth=(authority.client_id, authority.client_secret),
+        timeout=10,
+    )
+    assert answer.status_code == 200, answer.text
+    return answer.json()["access_token"]
+
+
+def kids(authority: Authority) -> dict[str, str]:
+    listed: list[dict[str, Any]] = json.loads(privyseal(authority, "keys", "list", "--json"))
+    return {key["state"]: key["kid"] for key in listed}
+
+
+def held(token: Token) -> list[str]:
+    with softhsm.visible_here(token):
+        return asyncio.run(Pkcs11Custody(token.uri).listed())
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_tokens_are_signed_in_the_hsm_and_verify_anywhere(
+    authority: Authority, token: Token
+) -> None:
+    access_token = exchange(authority)
+    key = jwt.PyJWKClient(f"{authority.issuer}/.well-known/jwks.json").get_signing_key_from_jwt(
+        access_token
+    )
+    claims = jwt.decode(
+        access_token,
+        key,
+        algorithms=["RS256"],
+        issuer=authority.issuer,
+        audience=f"{authority.issuer}/api/v1",
+    )
+    assert claims["client_id"] == authority.client_id
+    until(lambda: len(held(token)) == 2)  # the key that signs and the next one
+    doctor = privyseal(authority, "doctor")
+    assert "pkcs11:token=privyseal%20test" in doctor
+    assert "does not name" not in doctor
+
+
+def test_a_revoked_key_is_destroyed_in_the_hsm_and_the_next_one_goes_on(
+    authority: Authority, token: Token
+) -> None:
+    until(lambda: "pending" in kids(authority))
+    before, held_before = kids(authority), held(token)
+    privyseal(authority, "keys", "revoke", before["active"], "--reason", "a trial", "--yes")
+    assert jwt.get_unverified_header(exchange(authority))["kid"] == before["pending"]
+    until(lambda: len(set(held_before) & set(held(token))) == 1)
+    until(lambda: len(held(token)) == 2)
+    records = json.loads(
+        privyseal(authority, "audit", "list", "--json", "--action", "signing_key.destroy")
+    )
+    assert [record["kid"] for record in records] == [before["active"]]
+
+
+def test_a_pair_that_nothing_names_is_shown_by_doctor_and_left_alone(
+    authority: Authority, token: Token
+) -> None:
+    with softhsm.visible_here(token):
+        made = asyncio.run(Pkcs11Custody(token.uri).new_key(2048))
+    assert made.uri in privyseal(authority, "doctor")
+    assert made.uri in held(token)
+
+
+def test_signatures_a_second_in_the_hsm_and_beside_it(
+    token: Token, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keks = KeyEncryptionKeys.parse(new_kek_line())
+    with ThreadPoolExecutor(1) as executor, softhsm.visible_here(token):
+        rates = {
+            "SoftHSM": asyncio.run(signatures_a_second(Pkcs11Custody(token.uri))),
+            "local": asyncio.run(signatures_a_second(LocalCustody(lambda: keks, executor))),
+        }
+    ratio = rates["SoftHSM"] / rates["local"]
+    with capsys.disabled():
+        print(
+            "\nRS256 signatures a second, 2048 bits, one thread: "
+            + ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
+            + f", ratio {ratio:.2f}"
+        )
+
+
+async def signatures_a_second(custody: Custody) -> float:
+    """The rate at which one process signs, `AT_ONCE` requests at a time."""
+    signer = await custody.open(await custody.new_key(2048))
+    signed, started = 0, time.perf_counter()
+    while time.perf_counter() - started < SECONDS_OF_SIGNING:
+        await asyncio.gather(*(signer.sign(b"signing input") for _ in range(AT_ONCE)))
+        signed += AT_ONCE
+    return signed / (time.perf_counter() - started)
