@@ -175,11 +175,11 @@ def revoke(kid: str | None, every: bool, reason: str, yes: bool, as_json: bool) 
 
 def _print_missing(verifiers: list[Json]) -> None:
     missing = [each for each in verifiers if not each["has_loaded"]]
-    heard = f"{len(verifiers)} verifier{'s' * (len(verifiers) > 1)} heard from in two hours"
+    heard = f"Verifiers heard from in the last two hours: {len(verifiers)}."
     if not missing:
-        _explain(f"The next key is loaded by every one of the {heard}.")
+        _explain(f"{heard} Each has loaded the next key.")
         return
-    _explain(f"The next key is not loaded yet by {len(missing)} of the {heard}:")
+    _explain(f"{heard} Not loaded the next key yet: {len(missing)}.")
     click.echo()
     _print_verifiers(missing)
 
