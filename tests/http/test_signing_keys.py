@@ -542,3 +542,29 @@ async def test_revoke_all_without_a_readable_kek_file_says_so_and_changes_nothin
     assert "line 1 is no key-encryption key" in answer.json()["detail"]
     assert await by_state(operator) == before
     await records(1, action="signing_key.revoke_all", outcome="refused")
+
+
+async def test_k6_of_an_older_database_that_was_restored_no_unpublished_key_signs(
+    authority: Authority,
+    client: httpx.AsyncClient,
+    operator: httpx.AsyncClient,
+    settings: Settings,
+    vkyc: Credential,
+    start: Callable[..., Awaitable[Authority]],
+    sql: SQL,
+) -> None:
+    await sql("CREATE TABLE backup AS TABLE signing_keys")
+    before = await by_state(operator)
+    answer = await operator.post(f"{KEYS}/{before['active']['kid']}/revoke", json=REASON)
+    await settled(authority, answer.json()["signing_kid"])
+    newer = await exchange(authority, settings, vkyc)
+    await sql("DELETE FROM signing_keys")
+    await sql("INSERT INTO signing_keys SELECT * FROM backup")
+
+    # One process has gone on over the restore, the other begins with it.
+    for process in (authority, await start()):
+        token = await exchange(process, settings, vkyc)
+        assert kid_of(token) == before["active"]["kid"]
+        assert kid_of(token) in parse_jwks(process.keys.ring.jwks)
+    assert await verifies(client, token, settings)
+    assert kid_of(newer) == before["pending"]["kid"], "which stands ready again"

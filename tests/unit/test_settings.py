@@ -147,14 +147,14 @@ def test_a_value_out_of_form_or_range_is_refused(name: str, text: str) -> None:
     assert problems_of(**{name: text})[0].startswith(f"PRIVYSEAL_{name} ")
 
 
-def test_a_publish_lead_that_breaks_verifiers_is_refused() -> None:
+def test_k7_a_publish_lead_that_breaks_verifiers_is_refused() -> None:
     timing = {"PRIVYSEAL_JWKS_MAX_AGE": "300", "PRIVYSEAL_CLOCK_SKEW": "60"}
     Settings.from_environ(timing | {"PRIVYSEAL_KEY_PUBLISH_LEAD": "370"})
     told = problems_of(JWKS_MAX_AGE="300", CLOCK_SKEW="60", KEY_PUBLISH_LEAD="369")
     assert told[0].startswith("PRIVYSEAL_KEY_PUBLISH_LEAD must be at least 370 seconds")
 
 
-def test_a_rotation_faster_than_the_publish_lead_is_refused() -> None:
+def test_k7_a_rotation_faster_than_the_publish_lead_is_refused() -> None:
     told = problems_of(KEY_ROTATION_DAYS="1", KEY_PUBLISH_LEAD="86401")
     assert told[0].startswith("PRIVYSEAL_KEY_ROTATION_DAYS is shorter")
 
@@ -210,3 +210,17 @@ def test_the_password_of_the_database_is_in_no_repr() -> None:
     url = f"{REMOTE}?sslmode=verify-full"
     settings = Settings.from_environ(HTTPS | {"PRIVYSEAL_DATABASE_URL": url})
     assert CANARY not in repr(settings) + str(settings)
+
+
+def test_custody_is_local_or_a_pkcs11_uri_and_the_gate_is_bounded_or_strict() -> None:
+    uri = "pkcs11:token=hsm?module-path=/usr/lib/hsm.so&pin-source=/run/pin"
+    given = {"PRIVYSEAL_KEY_CUSTODY": uri, "PRIVYSEAL_ROTATION_GATE": "STRICT"}
+    settings = Settings.from_environ(given)
+    assert (settings.key_custody, settings.rotation_gate) == (uri, "strict")
+    assert (Settings().key_custody, Settings().rotation_gate) == ("local:", "bounded")
+    for custody in ("vault:transit", "local", "/run/keys"):
+        (told,) = problems_of(KEY_CUSTODY=custody)
+        assert told.startswith("PRIVYSEAL_KEY_CUSTODY must be local: or a PKCS #11 URI")
+    assert problems_of(ROTATION_GATE="open") == [
+        "PRIVYSEAL_ROTATION_GATE must be bounded or strict."
+    ]
