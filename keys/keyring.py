@@ -164,13 +164,13 @@ def next_step(
     `awaited` are verifiers that are known to lack the next key. They delay a rotation, by no more
     than the gate's window; that no token is refused rests on the lead.
     """
+    ends = [(_stamped(key.publish_until), key.kid) for key in ring.retiring]
+    if ends and now >= min(ends)[0]:
+        return Retire(kid=min(ends)[1])
     if ring.pending is None:
         return Prepare()
     if ring.active is None:
         return Activate(kid=ring.pending.kid)
-    ends = [(_stamped(key.publish_until), key.kid) for key in ring.retiring]
-    if ends and now >= min(ends)[0]:
-        return Retire(kid=min(ends)[1])
     due = rotation_due(ring.active, ring.pending, policy)
     if now >= due:
         if ring.active.released_at is not None:
@@ -213,15 +213,13 @@ def concerns(
         found.append(Concern.NO_NEXT_KEY)
     elif pending.signer is None:
         found.append(Concern.NEXT_KEY_UNUSABLE)
-    if active is not None:
-        due = (
-            _stamped(active.rotate_at) if pending is None else rotation_due(active, pending, policy)
-        )
-        if awaited and now >= due:
+    step = next_step(ring, policy, now, awaited)
+    if isinstance(step, Wait):
+        if step.awaited:
             found.append(Concern.VERIFIERS_AWAITED)
-        # A rotator that works needs seconds; a gate that is not strict ends by itself.
-        elif now >= due + policy.clock_skew:
-            found.append(Concern.ROTATION_OVERDUE)
+    # A rotator that works needs seconds.
+    elif active is not None and now >= _stamped(active.rotate_at) + policy.clock_skew:
+        found.append(Concern.ROTATION_OVERDUE)
     return tuple(found)
 
 

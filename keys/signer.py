@@ -129,6 +129,11 @@ class LocalCustody:
             raise CustodyError(str(error)) from None
 
 
+def scheme_of(uri: str) -> str:
+    """Return the scheme of a custody's URI, with its colon."""
+    return uri.partition(":")[0] + ":"
+
+
 class CustodyBySchemes:
     """Every custody of an installation: new keys go into one, and each URI finds its own.
 
@@ -157,13 +162,16 @@ class CustodyBySchemes:
         return [uri for custody in self._custodies.values() for uri in await custody.listed()]
 
     def _custody_of(self, uri: str) -> Custody:
-        scheme = uri.partition(":")[0] + ":"
-        if (custody := self._custodies.get(scheme)) is None:
+        if (custody := self._custodies.get(scheme_of(uri))) is None:
             raise CustodyError(
-                f"its private half is kept under {scheme}, which this process does not have: set "
-                "PRIVYSEAL_KEY_CUSTODY to where that is"
+                f"its private half is kept under {scheme_of(uri)}, which this process does not "
+                "have: add that to PRIVYSEAL_KEY_CUSTODY until the key has been rotated away"
             )
         return custody
+
+    def knows(self, uri: str) -> bool:
+        """Whether one of these custodies is for this scheme."""
+        return scheme_of(uri) in self._custodies
 
 
 def reseal(kid: str, sealed_private: bytes, keks: KeyEncryptionKeys) -> bytes:

@@ -20,12 +20,15 @@ from .fork import in_forked_child
 MAX_BYTES = 64 * 1024 * 1024
 
 _CLOSED = -1
+_FOLDER = "spool-"
 
 _logger = logging.getLogger(__name__)
 
 
 class Spool:
     """A directory, shared by the processes of one reporter: a folder each, a file each batch.
+
+    Folders are named `spool-…` and files `….jsonl`; whatever else lies there is left alone.
 
     The folder is locked (flock) while its process lives. Whoever starts adopts the batches of
     those who do not live any more. A batch is written once, fsynced, and removed when all of it
@@ -43,17 +46,17 @@ class Spool:
         self._max_bytes = max_bytes
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(directory):  # so that nobody adopts a folder that is not locked yet
-            self._folder = directory / secrets.token_urlsafe(16)
+            self._folder = directory / f"{_FOLDER}{secrets.token_urlsafe(16)}"
             self._folder.mkdir(mode=0o700)
             self._lock = _lock(self._folder, fcntl.LOCK_EX)
             # A child's copy of the lock would outlive the process that the folder belongs to.
             in_forked_child(self._let_go)
-            for other in sorted(directory.iterdir()):
-                if other != self._folder and other.is_dir():
+            for other in sorted(directory.glob(f"{_FOLDER}*")):
+                if other != self._folder and other.is_dir() and not other.is_symlink():
                     self._adopt(other)
         # Oldest first, with their sizes in bytes and in events; guarded, with the sums of both.
         self._guard = threading.Lock()
-        self._batches = {path: _measured(path) for path in sorted(self._folder.iterdir())}
+        self._batches = {path: _measured(path) for path in sorted(_batches_in(self._folder))}
         self._bytes = sum(size for size, _ in self._batches.values())
         self.events = sum(events for _, events in self._batches.values())
 
@@ -100,7 +103,11 @@ class Spool:
     def remove(self, paths: Sequence[Path]) -> None:
         """Forget these batches."""
         for path in paths:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                # It is settled: to send it again would change nothing.
+                _logger.warning("a batch stays in the spool: %s", error)
             with self._guard:
                 size, events = self._batches.pop(path, (0, 0))
                 self._bytes -= size
@@ -123,13 +130,17 @@ class Spool:
         except OSError:
             return  # It lives, or is not ours.
         try:
-            for batch in other.iterdir():
+            for batch in _batches_in(other):
                 batch.rename(self._folder / batch.name)
             other.rmdir()
         except OSError as error:
             _logger.warning("a spool was not adopted: %s", error)
         finally:
             os.close(lock)
+
+
+def _batches_in(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*.jsonl") if path.is_file() and not path.is_symlink()]
 
 
 def _measured(path: Path) -> tuple[int, int]:

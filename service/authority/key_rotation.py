@@ -203,17 +203,18 @@ class KeyRotator:
         self._clock = clock
         self._found: tuple[Concern, ...] = ()
         self._warned: list[Concern] = []
+        self._unsure: KeptKey | None = None
         self.awaited: frozenset[str] = frozenset()
         """The verifiers that lacked the next key when this process last looked."""
 
     async def run(self, poll: float) -> None:
         """Re-read the ring every `poll` seconds and take what is due, until cancelled."""
         while True:
-            try:
-                await self.tick()
-                await self._destroy()
-            except StoreUnavailable as error:
-                log.warning("ring_not_read", error=str(error), age_s=round(self._keys.age))
+            for work in (self.tick, self._destroy):
+                try:
+                    await work()
+                except StoreUnavailable as error:
+                    log.warning("rotator_stopped", error=str(error), ring_s=round(self._keys.age))
             # Processes that started together must not ask together for ever.
             await asyncio.sleep(poll * random.uniform(0.8, 1.0))  # noqa: S311
 
@@ -222,14 +223,14 @@ class KeyRotator:
         ring = await self._keys.fresh()
         refused: tuple[Step, KeyRing] | None = None
         while True:
-            self.awaited = await self._lacking(ring)
-            step = next_step(ring, self._policy, self._clock(), self.awaited)
+            self.awaited = awaited = await self._lacking(ring)
+            step = next_step(ring, self._policy, self._clock(), awaited)
             # Refused twice on the same ring: the database's clock says not yet. If the ring has
             # changed, another process was only faster.
             if isinstance(step, Wait) or (step, ring) == refused:
                 self._warn()
                 return step
-            refused = None if await self._take(step, ring) else (step, ring)
+            refused = None if await self._take(step, ring, awaited) else (step, ring)
             ring = await self._keys.fresh()
 
     def concerns(self) -> tuple[Concern, ...]:
@@ -275,7 +276,9 @@ class KeyRotator:
             if standing:
                 log.warning("signing_keys_need_attention", concerns=[*map(str, standing)])
 
-    async def _take(self, step: Prepare | Activate | Retire, ring: KeyRing) -> bool:
+    async def _take(
+        self, step: Prepare | Activate | Retire, ring: KeyRing, awaited: frozenset[str]
+    ) -> bool:
         match step:
             case Prepare():
                 return await self._prepare()
@@ -288,8 +291,8 @@ class KeyRotator:
                     Action.SIGNING_KEY_ACTIVATE,
                     kid,
                     cause,
-                    not_awaited=sorted(self.awaited)[:MAX_NAMED],
-                    not_awaited_count=len(self.awaited),
+                    not_awaited=sorted(awaited)[:MAX_NAMED],
+                    not_awaited_count=len(awaited),
                 )
                 taken = await self._store.activate(kid, active, self._policy, record)
             case Retire(kid=kid):
@@ -302,20 +305,29 @@ class KeyRotator:
     async def _prepare(self) -> bool:
         """Make and publish the next key; elected first, so that no other process makes one too."""
         async with self._store.elected() as elected:
-            if not elected or (await self._keys.fresh()).pending is not None:
+            if not elected:
                 return False
+            ring = await self._keys.fresh()
             try:
-                key = await self._custody.new_key(self._key_bits)
+                if self._unsure is not None and self._unsure.kid not in ring.published:
+                    # Made, but nobody could say whether it was stored: it was not.
+                    await self._custody.destroy(self._unsure.uri)
+                self._unsure = None
+                if ring.pending is not None:
+                    return True
+                self._unsure = key = await self._custody.new_key(self._key_bits)
+                record = self._record(Action.SIGNING_KEY_PREPARE, key.kid, "no next key")
+                taken = await self._store.prepare(key, record)
+                if not taken:
+                    await self._custody.destroy(key.uri)
+                self._unsure = None
             except CustodyError as error:
                 # None can be made; those that are there go on.
                 log.error("signing_key_not_made", error=str(error))
                 return False
-            record = self._record(Action.SIGNING_KEY_PREPARE, key.kid, "no next key")
-            if await self._store.prepare(key, record):
+            if taken:
                 log.info("signing_key_step", step="prepare", kid=key.kid)
-                return True
-            await self._custody.destroy(key.uri)
-            return False
+            return taken
 
     async def _destroy(self) -> None:
         """Destroy, where they were made, the private halves that may sign no more; again at each

@@ -17,6 +17,8 @@ from service.cli.render import Json, moment, print_fields, print_json, print_tab
 # RFC 7638: SHA-256 in base64url. So one kid in 64 begins with a dash: a command without one-letter
 # options can take it for an argument all the same, and `_kid` refuses what was meant as an option.
 _KID: Final = re.compile("[A-Za-z0-9_-]{43}")
+MAKING_KEYS: Final = 300.0
+"""Seconds: `revoke --all` makes two keys first, which in an HSM may take minutes."""
 _KID_MAY_BEGIN_WITH_A_DASH: Final = {
     "ignore_unknown_options": True,
     "help_option_names": ["--help"],
@@ -152,7 +154,7 @@ def revoke(kid: str | None, every: bool, reason: str, yes: bool, as_json: bool) 
             if every
             else f"/signing-keys/{quoted(str(kid), safe='')}/revoke"
         )
-        revocation = api.post(path, {"reason": reason})
+        revocation = api.post(path, {"reason": reason}, deadline=MAKING_KEYS)
     if as_json:
         print_json(revocation)
         return
@@ -216,3 +218,20 @@ def rewrap() -> None:
     """
     # By name, so that nothing of the server is imported for the other commands.
     import_module("service.cli.server").rewrap()
+
+
+@keys.command()
+@reason_option
+@yes_option
+def recover(reason: str, yes: bool) -> None:
+    """Revoke every signing key and put two new ones in. Works where the database is.
+
+    For when no key can be used any more, so that nobody gets a token for `keys revoke --all`: the
+    HSM or the key-encryption key is lost, or is not what it was. One of the new keys signs at once.
+    """
+    if not yes:
+        confirm(
+            "Every published key is revoked for good: tokens that they signed are worth nothing "
+            "once verifiers read the keys again."
+        )
+    import_module("service.cli.server").recover(reason)

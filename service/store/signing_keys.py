@@ -36,8 +36,10 @@ REVOKE = "SELECT revoke_key_1($1, $2, $3, $4, $5, $6)"
 REVOKE_ALL = "SELECT revoke_all_keys_1($1, $2, $3, $4, $5, $6, $7)"
 RESEAL = "SELECT reseal_key_2($1, $2, $3, $4, $5)"
 DESTROYED = "SELECT key_destroyed_1($1, $2, $3)"
-ELECT = "SELECT pg_try_advisory_lock(7709, 2)"
-RESIGN = "SELECT pg_advisory_unlock(7709, 2)"
+ELECT = "SELECT pg_try_advisory_lock(7709, 5)"
+LIMIT_ELECTION = "SET idle_session_timeout = '180s'"
+UNLIMIT_ELECTION = "RESET idle_session_timeout"
+RESIGN = "SELECT pg_advisory_unlock(7709, 5)"
 
 SELECT_DOOMED = """
 SELECT kid, signer FROM signing_keys
@@ -77,15 +79,20 @@ class SigningKeys:
         """Enter with True if no other process is inside."""
         async with self._database.connection() as connection:
             elected = await connection.fetchval(ELECT) is True
+            if not elected:
+                yield False
+                return
+            # A process that is paused, not dead, must not stay elected for ever.
+            await connection.execute(LIMIT_ELECTION)
             try:
-                yield elected
+                yield True
             finally:
-                if elected:
-                    await connection.fetchval(RESIGN)
+                await connection.execute(UNLIMIT_ELECTION)
+                await connection.fetchval(RESIGN)
 
     async def prepare(self, key: KeptKey, record: AuditRecord) -> bool:
         """Publish the next key, unless one stands ready."""
-        return await self._call(PREPARE, _as_row(key), as_json(record), self._clock_skew)
+        return await self._call(PREPARE, key_as_json(key), as_json(record), self._clock_skew)
 
     async def activate(
         self, kid: str, active_kid: str | None, policy: RotationPolicy, record: AuditRecord
@@ -135,8 +142,8 @@ class SigningKeys:
         return await self._call(
             REVOKE_ALL,
             list(kids),
-            _as_row(signing),
-            _as_row(following),
+            key_as_json(signing),
+            key_as_json(following),
             policy.lifetime_cap,
             timedelta(seconds=policy.rotation_period),
             as_json(record),
@@ -174,7 +181,8 @@ class SigningKeys:
             return await fetch_durable(connection, function, *arguments) is True
 
 
-def _as_row(key: KeptKey) -> str:
+def key_as_json(key: KeptKey) -> str:
+    """Return a key as Postgres reads it: bytea in hex."""
     der = key.public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return as_json(
         {

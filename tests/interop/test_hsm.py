@@ -48,7 +48,7 @@ def authority(token: Token, start_authority: StartAuthority) -> Generator[Author
         yield running
 
 
-def privyseal(authority: Authority, *arguments: str) -> str:
+def privyseal(authority: Authority, *arguments: str, exits: int = 0, **environ: str) -> str:
     done = subprocess.run(
         (PRIVYSEAL, *arguments),
         env={
@@ -56,12 +56,13 @@ def privyseal(authority: Authority, *arguments: str) -> str:
             "PRIVYSEAL_URL": authority.issuer,
             "PRIVYSEAL_CLIENT_ID": authority.client_id,
             "PRIVYSEAL_CLIENT_SECRET": authority.client_secret,
+            **environ,
         },
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == exits, done.stdout + done.stderr
     return done.stdout
 
 
@@ -136,6 +137,21 @@ def test_a_pair_that_nothing_names_is_shown_by_doctor_and_left_alone(
         made = asyncio.run(Pkcs11Custody(token.uri).new_key(2048))
     assert made.uri in privyseal(authority, "doctor")
     assert made.uri in held(token)
+
+
+def test_without_the_hsm_doctor_says_what_to_do_and_recover_needs_no_token(
+    authority: Authority, token: Token
+) -> None:
+    said = privyseal(authority, "doctor", exits=1, PRIVYSEAL_KEY_CUSTODY="local:")
+    assert "kept under pkcs11:, which this process does not have" in said
+    assert "privyseal keys recover" in said
+    old = kids(authority)
+    recover = ("keys", "recover", "--reason", "the HSM burnt", "--yes")
+    privyseal(authority, *recover, PRIVYSEAL_KEY_CUSTODY="local:")
+    until(lambda: kids(authority).get("active") not in old.values())
+    assert set(kids(authority).values()).isdisjoint(old.values())
+    signed_with = jwt.get_unverified_header(exchange(authority))["kid"]
+    assert signed_with == kids(authority)["active"]
 
 
 def test_signatures_a_second_in_the_hsm_and_beside_it(

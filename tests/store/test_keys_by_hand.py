@@ -754,3 +754,63 @@ async def test_a_sealed_half_is_replaced_only_while_it_is_what_was_read(
     assert await count(superuser, Action.SIGNING_KEY_REWRAP) == 0
     assert await signing_keys.reseal(next_kid, next_sealed, b"resealed", record)
     assert await count(superuser, Action.SIGNING_KEY_REWRAP) == 1
+
+
+# What the service's password alone may not do
+
+
+async def test_no_act_on_a_key_happens_without_a_record_that_names_it(
+    signing_keys: SigningKeys,
+    superuser: Connection,
+    connect_as: Callable[[str], Awaitable[Connection]],
+    policy: RotationPolicy,
+    act: MakeAct,
+    new_keys: list[KeptKey],
+    active_kid: str,
+) -> None:
+    before = await everything(superuser)
+    thief = await connect_as("service")
+    for record in ("{}", '{"repeats": 0}', '{"repeats": 1, "outcome": "refused"}'):
+        for call in (
+            f"SELECT revoke_key_1('{active_kid}', 'active', 900, '1 day', $1, 60)",
+            f"SELECT hasten_rotation_1('{active_kid}', $1, 60)",
+            'SELECT prepare_key_1(\'{"kid": "x"}\', $1, 60)',
+        ):
+            with pytest.raises(asyncpg.PostgresError, match="needs a record"):
+                await thief.execute(call.replace("$1", f"'{record}'"))
+    assert await everything(superuser) == before
+    # Whatever a caller writes into it: the record says what was done, and to which key.
+    record = act(Action.AUDIT_QUERY, kid=new_keys[3].kid)
+    assert await signing_keys.prepare(new_keys[1], record)
+    written = await superuser.fetchrow(
+        "SELECT action, kid FROM audit_records WHERE id = $1", record.id
+    )
+    assert written is not None
+    assert tuple(written) == ("signing_key.prepare", new_keys[1].kid)
+
+
+async def test_a_release_was_given_for_one_next_key_and_not_for_the_one_after_it(
+    signing_keys: SigningKeys,
+    policy: RotationPolicy,
+    act: MakeAct,
+    active_kid: str,
+    next_kid: str,
+) -> None:
+    assert await signing_keys.hasten_rotation(active_kid, act(Action.SIGNING_KEY_ROTATE))
+    assert (await key_in(signing_keys, KeyState.ACTIVE)).released_at is not None
+    pending = await key_in(signing_keys, KeyState.PENDING)
+    assert pending.kid == next_kid
+    assert await signing_keys.revoke(pending, policy, act(Action.SIGNING_KEY_REVOKE))
+    assert (await key_in(signing_keys, KeyState.ACTIVE)).released_at is None
+
+
+async def test_while_one_process_makes_a_key_no_other_does_and_the_partitions_go_on(
+    signing_keys: SigningKeys, connect_as: Callable[[str], Awaitable[Connection]]
+) -> None:
+    async with signing_keys.elected() as first, signing_keys.elected() as second:
+        assert (first, second) == (True, False)
+        service = await connect_as("service")
+        await service.execute("SET lock_timeout = '2s'")
+        await service.execute("SELECT extend_audit_partitions_1(3)")
+    async with signing_keys.elected() as again:
+        assert again

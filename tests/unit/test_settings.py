@@ -38,6 +38,7 @@ def test_every_setting_is_read() -> None:
         {
             "PRIVYSEAL_ISSUER": "https://tokens.example:8443",
             "PRIVYSEAL_DATABASE_URL": f"{REMOTE}?sslmode=verify-full",
+            "PRIVYSEAL_CHECKPOINT_DIR": "/srv/checkpoints",
             "PRIVYSEAL_DATA_DIR": "/srv/privyseal",
             "PRIVYSEAL_KEK_FILE": "/run/secrets/kek",
             "PRIVYSEAL_AUDIENCE": "https://ingest.example",
@@ -61,6 +62,8 @@ def test_every_setting_is_read() -> None:
     assert (settings.clock_skew, settings.log_level) == (30, "debug")
     assert (settings.data_dir, settings.pg_bin) == (Path("/srv/privyseal"), Path("/opt/pg/bin"))
     assert settings.audience == "https://ingest.example"
+    assert settings.checkpoint_path == Path("/srv/checkpoints")
+    assert settings.log_origin == "tokens.example:8443/audit/1"
 
 
 def test_a_misspelt_setting_is_refused_by_name() -> None:
@@ -216,8 +219,11 @@ def test_custody_is_local_or_a_pkcs11_uri_and_the_gate_is_bounded_or_strict() ->
     uri = "pkcs11:token=hsm?module-path=/usr/lib/hsm.so&pin-source=/run/pin"
     given = {"PRIVYSEAL_KEY_CUSTODY": uri, "PRIVYSEAL_ROTATION_GATE": "STRICT"}
     settings = Settings.from_environ(given)
-    assert (settings.key_custody, settings.rotation_gate) == (uri, "strict")
-    assert (Settings().key_custody, Settings().rotation_gate) == ("local:", "bounded")
+    assert (settings.key_custody, settings.rotation_gate) == ((uri,), "strict")
+    assert (Settings().key_custody, Settings().rotation_gate) == (("local:",), "bounded")
+    both = Settings.from_environ({"PRIVYSEAL_KEY_CUSTODY": f"local: {uri}"})
+    assert both.key_custody == ("local:", uri)
+    assert problems_of(KEY_CUSTODY=f"{uri} {uri}")[0].startswith("PRIVYSEAL_KEY_CUSTODY names two")
     for custody in ("vault:transit", "local", "/run/keys"):
         (told,) = problems_of(KEY_CUSTODY=custody)
         assert told.startswith("PRIVYSEAL_KEY_CUSTODY must be local: or a PKCS #11 URI")

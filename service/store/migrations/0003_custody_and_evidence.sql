@@ -6,6 +6,73 @@ ALTER TABLE signing_keys
     -- When an operator asked for the rotation away from this key: then no verifier is waited for.
     ADD COLUMN released_at  timestamptz;
 
+-- What names a custody is a URI of any scheme (RFC 3986 §3.1).
+ALTER TABLE signing_keys
+    DROP CONSTRAINT signing_keys_signer_check,
+    ADD CONSTRAINT signing_keys_signer_check CHECK (signer ~ '^[a-z][a-z0-9+.-]*:');
+
+-- Take the fence and put the act on record, or say that it was decided on an old version. An act
+-- that would leave nothing on record is none: not even to whoever holds the service's password.
+CREATE OR REPLACE FUNCTION begin_act_1(record jsonb, clock_skew integer) RETURNS boolean
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    verdict boolean[];
+BEGIN
+    PERFORM require_durable_commit_1();
+    PERFORM pg_advisory_xact_lock(7709, 0);
+    IF coalesce((record ->> 'repeats')::integer, 0) <> 1
+       OR record ->> 'outcome' IS DISTINCT FROM 'success' THEN
+        RAISE EXCEPTION 'an act needs a record of it' USING ERRCODE = 'PV403';
+    END IF;
+    verdict := append_records_1(jsonb_build_array(record), clock_skew);
+    RETURN verdict[1];
+END $$;
+
+-- The same for an act on a signing key, whose record says what was done and to which key.
+CREATE FUNCTION begin_key_act_1(action text, kid text, record jsonb, clock_skew integer)
+RETURNS boolean
+LANGUAGE sql VOLATILE SET search_path = public, pg_temp AS $$
+    SELECT begin_act_1(record || jsonb_build_object('action', action, 'kid', kid), clock_skew)
+$$;
+
+CREATE OR REPLACE FUNCTION prepare_key_1(key jsonb, record jsonb, clock_skew integer)
+RETURNS boolean
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = public, pg_temp AS $$
+BEGIN
+    PERFORM require_durable_commit_1();
+    PERFORM pg_advisory_xact_lock(7709, 0);
+    IF EXISTS (SELECT FROM signing_keys WHERE state = 'pending') THEN
+        RETURN false;
+    END IF;
+    IF NOT begin_key_act_1('signing_key.prepare', key ->> 'kid', record, clock_skew) THEN
+        RETURN false;
+    END IF;
+    INSERT INTO signing_keys (kid, state, signer, public_der, sealed_private, published_at)
+    SELECT kid, 'pending', signer, public_der, sealed_private, clock_timestamp()
+      FROM jsonb_populate_record(NULL::signing_keys, key);
+    PERFORM pg_notify('privyseal_signing_keys', key ->> 'kid');
+    RETURN true;
+END $$;
+
+CREATE OR REPLACE FUNCTION retire_key_1(retiring_kid text, record jsonb, clock_skew integer)
+RETURNS boolean
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = public, pg_temp AS $$
+BEGIN
+    PERFORM require_durable_commit_1();
+    PERFORM pg_advisory_xact_lock(7709, 0);
+    IF NOT EXISTS (SELECT FROM signing_keys WHERE kid = retiring_kid AND state = 'retiring'
+                      AND publish_until <= clock_timestamp()) THEN
+        RETURN false;
+    END IF;
+    IF NOT begin_key_act_1('signing_key.retire', retiring_kid, record, clock_skew) THEN
+        RETURN false;
+    END IF;
+    UPDATE signing_keys SET state = 'retired', ended_at = clock_timestamp()
+     WHERE kid = retiring_kid;
+    PERFORM pg_notify('privyseal_signing_keys', retiring_kid);
+    RETURN true;
+END $$;
+
 -- What becoming active means, however it comes about. The caller holds the fence, and has recorded
 -- the act.
 CREATE FUNCTION promote_key_1(promoted_kid text, lifetime integer, rotation interval)
@@ -32,7 +99,9 @@ BEGIN
        OR (SELECT kid FROM signing_keys WHERE state = 'active') IS DISTINCT FROM active_kid THEN
         RETURN false;
     END IF;
-    IF NOT begin_act_1(record, clock_skew) THEN RETURN false; END IF;
+    IF NOT begin_key_act_1('signing_key.activate', pending_kid, record, clock_skew) THEN
+        RETURN false;
+    END IF;
     UPDATE signing_keys
        SET state = 'retiring', sealed_private = NULL, rotate_at = clock_timestamp(),
            publish_until = clock_timestamp()
@@ -51,7 +120,9 @@ BEGIN
     IF NOT EXISTS (SELECT FROM signing_keys WHERE kid = active_kid AND state = 'active') THEN
         RETURN false;
     END IF;
-    IF NOT begin_act_1(record, clock_skew) THEN RETURN false; END IF;
+    IF NOT begin_key_act_1('signing_key.rotate', active_kid, record, clock_skew) THEN
+        RETURN false;
+    END IF;
     UPDATE signing_keys
        SET rotate_at = least(rotate_at, clock_timestamp()),
            released_at = coalesce(released_at, clock_timestamp())
@@ -69,10 +140,15 @@ BEGIN
     IF NOT EXISTS (SELECT FROM signing_keys WHERE kid = revoked_kid AND state = expected_state) THEN
         RETURN false;
     END IF;
-    IF NOT begin_act_1(record, clock_skew) THEN RETURN false; END IF;
+    IF NOT begin_key_act_1('signing_key.revoke', revoked_kid, record, clock_skew) THEN
+        RETURN false;
+    END IF;
     UPDATE signing_keys SET state = 'revoked', sealed_private = NULL, ended_at = clock_timestamp()
      WHERE kid = revoked_kid;
-    IF expected_state = 'active' THEN
+    IF expected_state = 'pending' THEN
+        -- Whoever was not waited for lacked that key: of the next one nobody has said anything.
+        UPDATE signing_keys SET released_at = NULL WHERE state = 'active';
+    ELSIF expected_state = 'active' THEN
         PERFORM promote_key_1((SELECT kid FROM signing_keys WHERE state = 'pending'),
                               lifetime, rotation);
     END IF;
@@ -91,7 +167,9 @@ BEGIN
                   AND kid <> ALL (published)) THEN
         RETURN false;
     END IF;
-    IF NOT begin_act_1(record, clock_skew) THEN RETURN false; END IF;
+    IF NOT begin_key_act_1('signing_key.revoke_all', signing ->> 'kid', record, clock_skew) THEN
+        RETURN false;
+    END IF;
     UPDATE signing_keys SET state = 'revoked', sealed_private = NULL, ended_at = clock_timestamp()
      WHERE state IN ('pending', 'active', 'retiring');
     INSERT INTO signing_keys (kid, state, signer, public_der, sealed_private, published_at)
@@ -115,7 +193,9 @@ BEGIN
                       AND destroyed_at IS NULL) THEN
         RETURN false;
     END IF;
-    IF NOT begin_act_1(record, clock_skew) THEN RETURN false; END IF;
+    IF NOT begin_key_act_1('signing_key.destroy', destroyed_kid, record, clock_skew) THEN
+        RETURN false;
+    END IF;
     UPDATE signing_keys SET destroyed_at = clock_timestamp() WHERE kid = destroyed_kid;
     RETURN true;
 END $$;
@@ -130,10 +210,14 @@ BEGIN
     UPDATE signing_keys SET sealed_private = after
      WHERE kid = sealed_kid AND sealed_private = before;
     IF NOT FOUND THEN RETURN false; END IF;
-    RETURN begin_act_1(record, clock_skew);
+    IF NOT begin_key_act_1('signing_key.rewrap', sealed_kid, record, clock_skew) THEN
+        RAISE EXCEPTION 'decided on an old version' USING ERRCODE = 'PV403';
+    END IF;
+    RETURN true;
 END $$;
 
 -- It left nothing on record.
 REVOKE EXECUTE ON FUNCTION reseal_key_1 FROM privyseal_service;
-REVOKE EXECUTE ON FUNCTION promote_key_1, key_destroyed_1, reseal_key_2 FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION begin_key_act_1, promote_key_1, key_destroyed_1, reseal_key_2
+    FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION key_destroyed_1, reseal_key_2 TO privyseal_service;
