@@ -17,7 +17,7 @@ RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist . \
 
 FROM python:3.13-slim
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin privyseal \
- && install -d -o privyseal -g privyseal -m 0700 /var/lib/privyseal
+ && install -d -o privyseal -g privyseal -m 0700 /var/lib/privyseal /var/lib/privyseal-checkpoints
 COPY --from=build /opt/privyseal /opt/privyseal
 ENV PATH=/opt/privyseal/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -12,7 +12,7 @@ VERIFIER  := .venv/.verifier
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test check bench openapi lock clean
+.PHONY: help install run test check bench faults openapi lock clean
 
 help: ## Show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,8 +53,12 @@ check: install ## Lint, format, types, imports, Dockerfile, openapi.yaml
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/python deploy/openapi.py | diff -u openapi.yaml - || { echo "Run: make openapi" >&2; exit 1; }
 
-bench: install ## Measure exchanges per second against the bare signature
+bench: install ## Measure exchanges per second against the bare signature, and a large audit log
 	$(BIN)/python -m tests.bench.bench
+	$(BIN)/python -m tests.bench.audit_bench
+
+faults: install ## Kills, wrong clocks, 50 rotations under load: the long forms, 20 minutes
+	FAULTS_LONG=1 $(BIN)/pytest --durations=20 tests/faults
 
 openapi: install ## Write openapi.yaml from the code
 	$(BIN)/python deploy/openapi.py > openapi.yaml.new

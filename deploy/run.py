@@ -40,6 +40,14 @@ INTEGRATOR: Final = {
     "description": "The integrator of the example.",
     "scopes": ["ingest:write", "search:read"],
 }
+REPORTER: Final = {
+    "name": "ingest",
+    "source_system": "ingest",
+    "owner": "Document platform",
+    "contact": "ingest@bank.example",
+    "description": "The example service: it reports the calls that it takes.",
+    "scopes": ["audit:report"],
+}
 DEPARTMENT: Final = "retail"
 METADATA: Final = {
     "source_tag": "vkyc",
@@ -79,6 +87,7 @@ class Places:
         self.var = Path("var") if own else Path("var") / f"{port}-{ingest_port}"
         self.operator = self.var / "operator.json"
         self.integrator = self.var / f"{INTEGRATOR['name']}.json"
+        self.reporter = self.var / f"{REPORTER['name']}.json"
         self.document = self.var / "document.pdf"
         self.authority_log = self.var / "authority.log"
         self.ingest_log = self.var / "ingest.log"
@@ -128,15 +137,23 @@ def _run(places: Places) -> None:
     uvicorn = (sys.executable, "-m", "uvicorn", "--app-dir", "deploy/examples/ingest", "app:app")
     with _process(serve, places.environ, places.authority_log) as authority:
         _await_ready("authority", f"{places.issuer}/readyz", authority, places.authority_log)
+        operator = _operator(places)
+        integrator = _service_user(places, operator, INTEGRATOR, places.integrator)
+        # It reports calls with tokens for the ingest service, and to the admin API.
+        reporter = REPORTER | {"audiences": [places.api, places.ingest]}
+        client_id, client_secret = _service_user(places, operator, reporter, places.reporter)
+        reporting = {
+            "INGEST_CLIENT_ID": client_id,
+            "INGEST_CLIENT_SECRET": client_secret,
+            "INGEST_SPOOL_DIR": str(places.var / "spool"),
+        }
         ingest_command = (*uvicorn, "--port", str(places.ingest_port), "--no-access-log")
-        with _process(ingest_command, places.environ, places.ingest_log) as ingest:
+        with _process(ingest_command, places.environ | reporting, places.ingest_log) as ingest:
             _await_ready("ingest", f"{places.ingest}/healthz", ingest, places.ingest_log)
-            operator = _operator(places)
-            integrator = _integrator(places, operator)
             try:
                 access_token = _show_exchange(places, integrator)
                 _show_upload(places, access_token)
-                _show_record(places, operator, access_token)
+                _show_records(places, operator, access_token)
             except Failed as refusal:
                 # Whoever changed the integrator can change it back only while the authority runs.
                 click.echo(f"\n{refusal}\nWas {INTEGRATOR['name']} changed? Change it back.")
@@ -235,12 +252,14 @@ def _operator(places: Places) -> Credential:
     return made["client_id"], made["client_secret"]
 
 
-def _integrator(places: Places, operator: Credential) -> Credential:
-    """Return a working credential of the integrator, made through the API as any operator would."""
-    name = INTEGRATOR["name"]
-    kept = _read(places.integrator)
+def _service_user(
+    places: Places, operator: Credential, wanted: Mapping[str, Any], path: Path
+) -> Credential:
+    """Return a working credential that `path` keeps, made through the API as any operator would."""
+    name = wanted["name"]
+    kept = _read(path)
     if kept is not None and _exchange(places, kept).is_success:
-        _line("integrator", f"{name}, kept in {places.integrator}")
+        _line("service user", f"{name}, kept in {path}")
         return kept
     with httpx.Client(
         base_url=places.api,
@@ -248,25 +267,22 @@ def _integrator(places: Places, operator: Credential) -> Credential:
         timeout=CALL_DEADLINE,
         trust_env=False,
     ) as api:
-        listed = _expect(
-            HTTPStatus.OK,
-            api.get("/service-users", params={"source_system": INTEGRATOR["source_system"]}),
-        )
-        found = [each for each in listed["service_users"] if each["name"] == name]
+        listed = _expect(HTTPStatus.OK, api.get("/service-users", params={"name": name}))
+        found = listed["service_users"]
         if not found:
-            found = [_expect(HTTPStatus.CREATED, api.post("/service-users", json=INTEGRATOR))]
+            found = [_expect(HTTPStatus.CREATED, api.post("/service-users", json=wanted))]
         service_user = f"/service-users/{found[0]['id']}"
         if found[0]["status"] == "disabled":
             _expect(HTTPStatus.OK, api.post(f"{service_user}/enable"))
             if kept is not None and _exchange(places, kept).is_success:
-                _line("integrator", f"{name}, enabled again, kept in {places.integrator}")
+                _line("service user", f"{name}, enabled again, kept in {path}")
                 return kept
         made = _expect(
             HTTPStatus.CREATED,
             api.post(f"{service_user}/credentials", json={"label": "make run"}),
         )
-    _keep(places.integrator, {key: made[key] for key in ("client_id", "client_secret")})
-    _line("integrator", f"{name}, made through the API, kept in {places.integrator}")
+    _keep(path, {key: made[key] for key in ("client_id", "client_secret")})
+    _line("service user", f"{name}, made through the API, kept in {path}")
     return made["client_id"], made["client_secret"]
 
 
@@ -310,7 +326,8 @@ def _show_upload(places: Places, access_token: str) -> None:
         _line(name, _show(value))
 
 
-def _show_record(places: Places, operator: Credential, access_token: str) -> None:
+def _show_records(places: Places, operator: Credential, access_token: str) -> None:
+    """Show what is on record of the token: its issuance, and the upload that was reported."""
     bearer = _expect(HTTPStatus.OK, _exchange(places, operator))["access_token"]
     url = f"{places.api}/audit-records"
     deadline = time.monotonic() + CALL_DEADLINE
@@ -323,13 +340,14 @@ def _show_record(places: Places, operator: Credential, access_token: str) -> Non
             trust_env=False,
         )
         found = _expect(HTTPStatus.OK, answer)["records"]
-        # A record shows once every transaction that began before it has ended.
-        if found or time.monotonic() > deadline:
+        # The service reports once a second; a record shows once every transaction that began
+        # before it has ended.
+        if len(found) > 1 or time.monotonic() > deadline:
             break
         time.sleep(0.1)
-    _title("Its record", f"GET {url}?jti=…", answer)
-    for name in ("id", "recorded_at", "action", "outcome", "credential_id", "client_address"):
-        for record in found:
+    _title("Its records", f"GET {url}?jti=…", answer)
+    for record in found:
+        for name in ("recorded_at", "action", "outcome", "client_address", "department"):
             _line(name, _show(record[name]))
 
 

@@ -34,7 +34,7 @@ class NoteVerifier:
         if not _is_key_name(name):
             raise ValueError("a key name is not empty and has neither spaces nor plus signs")
         encoded = _ED25519 + public_key.public_bytes_raw()
-        self._public_key = public_key
+        self.public_key: Final = public_key
         self.name: Final = name
         # C2SP signed-note: SHA-256(name ‖ 0x0A ‖ type ‖ public key), the first four bytes.
         self.key_id: Final = hashlib.sha256(name.encode() + b"\n" + encoded).digest()[:4]
@@ -71,7 +71,7 @@ class NoteVerifier:
             raise NoteRefused(f"the note is not signed by {self.name}+{self.key_id.hex()}")
         try:
             for signature in ours:
-                self._public_key.verify(signature, text.encode())
+                self.public_key.verify(signature, text.encode())
         except InvalidSignature:
             raise NoteRefused(f"the signature of {self.name} is wrong") from None
         return text

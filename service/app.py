@@ -24,17 +24,24 @@ from litestar.types import ASGIApp, Scope
 from keys.envelope import EnvelopeError, KekReader, KeyEncryptionKeys
 from keys.keyring import RotationPolicy
 from keys.secret import Secret
-from keys.signer import LOCAL, Custody, CustodyBySchemes, LocalCustody
+from keys.signer import LOCAL, Custody, CustodyBySchemes, LocalCustody, scheme_of
 from keys.verifier.jwks_client import MAX_STALE
 from service import metrics
 from service.authority.administration import Administration
 from service.authority.audit import AuditLog
+from service.authority.audit.claims import Claims
+from service.authority.audit.continuity import NO_LOG, Continuity
 from service.authority.audit.events import EventReports
+from service.authority.audit.export import Exports
+from service.authority.audit.forged import ForgedTokens
+from service.authority.audit.sequencer import Sequencer
 from service.authority.clock import DatabaseClock
+from service.authority.confirmation import Confirmations
 from service.authority.errors import StartRefused, StoreUnavailable
 from service.authority.issuer import TokenIssuer
 from service.authority.key_administration import KeyAdministration
 from service.authority.key_rotation import KeyRotator, LiveKeyRing
+from service.authority.leaked import Leaks
 from service.authority.operators import Operators
 from service.http import openapi
 from service.http.admin import (
@@ -44,10 +51,14 @@ from service.http.admin import (
     operator_of,
     refusal_record,
 )
+from service.http.alerts import alerting
 from service.http.audit import AuditRecordController
 from service.http.audit_events import AuditEventController
+from service.http.audit_tree import AuditTreeController, checkpoint_endpoint
 from service.http.context import RequestContext
 from service.http.errors import EXCEPTION_HANDLERS
+from service.http.held import HeldCredentialController
+from service.http.leaked import LeakedCredentialController
 from service.http.signing_keys import SigningKeyController
 from service.http.token import token_endpoint
 from service.http.well_known import (
@@ -61,7 +72,9 @@ from service.logging import configure_logging
 from service.settings import MAX_TOKEN_LIFETIME, RING_POLL, Settings
 from service.store.audit_events import AuditEvents
 from service.store.audit_log import AuditRecords, PostgresRecordWriter
-from service.store.database import Database, check_server
+from service.store.audit_tree import AuditTree, always, postgres_log
+from service.store.checkpoint_files import CheckpointFiles
+from service.store.database import Connection, Database, check_server
 from service.store.embedded import find_running
 from service.store.migrate import require_schema
 from service.store.notifications import ChangeListener
@@ -133,21 +146,23 @@ def rotation_policy(settings: Settings) -> RotationPolicy:
 
 
 def custody(settings: Settings, read_keks: KekReader, executor: Executor) -> CustodyBySchemes:
-    """Return every custody that the settings name: new keys go into KEY_CUSTODY, and `local:` is
-    always there for keys that were made before."""
+    """Return every custody that the settings name: the first makes new keys, all are used.
+
+    Keys that were sealed in the database are always used: a move away from there needs no setting.
+    """
     custodies: dict[str, Custody] = {LOCAL: LocalCustody(read_keks, executor)}
-    if settings.key_custody == LOCAL:
-        return CustodyBySchemes(LOCAL, custodies)
-    try:
-        # An extra: only who has an HSM needs what speaks to it.
-        from keys.pkcs11 import PKCS11, Pkcs11Custody
-    except ModuleNotFoundError:
-        raise StartRefused(
-            "PRIVYSEAL_KEY_CUSTODY names an HSM, and what speaks to one is not installed: "
-            "pip install 'privyseal[hsm]'"
-        ) from None
-    custodies[PKCS11] = Pkcs11Custody(settings.key_custody)
-    return CustodyBySchemes(PKCS11, custodies)
+    for uri in settings.key_custody:
+        if uri != LOCAL:
+            try:
+                # An extra: only who has an HSM needs what speaks to it.
+                from keys.pkcs11 import PKCS11, Pkcs11Custody
+            except ModuleNotFoundError:
+                raise StartRefused(
+                    "PRIVYSEAL_KEY_CUSTODY names an HSM, and what speaks to one is not installed: "
+                    "pip install 'privyseal[hsm]'"
+                ) from None
+            custodies[PKCS11] = Pkcs11Custody(uri)
+    return CustodyBySchemes(scheme_of(settings.key_custody[0]), custodies)
 
 
 class Authority:
@@ -170,6 +185,7 @@ class Authority:
         signing_keys = SigningKeys(self.database, clock_skew=skew)
         records = AuditRecords(self.database)
         events = AuditEvents(self.database, clock_skew=skew)
+        tree = AuditTree(self.database.connection)
         kept = custody(settings, read_keks, self._signing)
         self.directory = CachedDirectory(users)
         self.keys = LiveKeyRing(store=signing_keys, custody=kept, clock=self.clock)
@@ -182,9 +198,17 @@ class Authority:
             key_bits=settings.key_bits,
             clock=self.clock,
         )
+        outside = CheckpointFiles(settings.checkpoint_path)
+        self.continuity = Continuity(outside=outside, read_keks=read_keks)
+        self.sequencer = Sequencer(
+            connect=lambda: postgres_log(dsn),
+            continuity=self.continuity,
+            outside=outside,
+            clock=self.clock,
+        )
         self.audit = AuditLog(
             [
-                PostgresRecordWriter(dsn, clock=self.clock, clock_skew=skew)
+                PostgresRecordWriter(dsn, clock=self.clock, clock_skew=skew, compare=self._compare)
                 for _ in range(AUDIT_WRITERS)
             ]
         )
@@ -208,6 +232,7 @@ class Authority:
             directory=self.directory,
             keys=self.keys,
             audit=self.audit,
+            continuity=self.continuity,
             operators=operators,
             clock=self.clock,
         )
@@ -224,6 +249,8 @@ class Authority:
             store=signing_keys,
             evidence=events,
             custody=kept,
+            log_keys=tree,
+            read_keks=read_keks,
             operators=operators,
             policy=rotation_policy(settings),
             key_bits=settings.key_bits,
@@ -232,9 +259,19 @@ class Authority:
             max_stale=MAX_STALE,
             clock=self.clock,
         )
+        self._claims = Claims(audit=self.audit, clock=self.clock)
         event_reports = EventReports(
-            store=events, operators=operators, clock=self.clock, clock_skew=skew
+            store=events,
+            tokens=events,
+            claims=self._claims,
+            operators=operators,
+            clock=self.clock,
+            clock_skew=skew,
         )
+        forged_tokens = ForgedTokens(records=events, clock=self.clock)
+        exports = Exports(records=records, audit=self.audit, operators=operators, clock=self.clock)
+        confirmations = Confirmations(store=users, operators=operators, clock=self.clock)
+        leaks = Leaks(holders=users, administration=administration)
         self._schema_ready = asyncio.Event()
         self._draining = False
         self._drain_seconds = settings.drain_seconds
@@ -243,10 +280,14 @@ class Authority:
             "/api/v1",
             route_handlers=[
                 ServiceUserController,
+                HeldCredentialController,
+                LeakedCredentialController,
                 SigningKeyController,
                 AuditRecordController,
+                AuditTreeController,
                 AuditEventController,
             ],
+            middleware=[alerting(forged_tokens.count)],
             before_request=gatekeeper(operators),
             request_max_body_size=MAX_BODY,
             dependencies={
@@ -254,6 +295,10 @@ class Authority:
                 "administration": _provide(administration),
                 "issuer": _provide(issuer),
                 "records": _provide(records),
+                "exports": _provide(exports),
+                "confirmations": _provide(confirmations),
+                "leaks": _provide(leaks),
+                "tree": _provide(tree),
                 "clock": _provide(self.clock),
                 "key_administration": _provide(key_administration),
                 "event_reports": _provide(event_reports),
@@ -266,6 +311,7 @@ class Authority:
                 jwks_endpoint(lambda: self.keys.ring, settings.jwks_max_age),
                 *metadata_endpoints(metadata(settings.issuer), settings.jwks_max_age),
                 *health_endpoints(self.health, lambda: metrics.exposition(self.rotator.figures())),
+                checkpoint_endpoint(lambda: self.continuity.latest_note),
                 admin_api,
             ],
             exception_handlers={**EXCEPTION_HANDLERS},
@@ -285,7 +331,7 @@ class Authority:
         ring = self.keys.ring
         schema, key_ring = self._schema_ready.is_set(), self.keys.loaded
         return Health(
-            ready=schema and key_ring and not self._draining,
+            ready=schema and key_ring and self.continuity.compared and not self._draining,
             key_ring=key_ring,
             schema=schema,
             draining=self._draining,
@@ -294,6 +340,7 @@ class Authority:
             can_sign=ring.active is not None and ring.active.signer is not None,
             signing_kid=ring.active.kid if ring.active else None,
             concerns=self.rotator.concerns() if key_ring else (),
+            audit_log=self.continuity.broken,
         )
 
     @asynccontextmanager
@@ -308,10 +355,12 @@ class Authority:
                     self.listener.run,
                     self._keep_prepared,
                     self._rotate_when_prepared,
+                    self.sequencer.run,
                 )
             ]
             await self._started()
             yield
+            await self._claims.drain()
             await self.audit.drain()
             for task in background:
                 task.cancel()
@@ -334,6 +383,8 @@ class Authority:
                 await check_server(self._dsn)
                 async with self.database.connection() as connection:
                     await require_schema(connection)
+                    if await AuditTree(always(connection)).current() is None:
+                        raise StartRefused(NO_LOG)
                     await connection.execute("SELECT open_audit_era_1()")
                     await connection.execute("SELECT extend_audit_partitions_1(3)")
                 self._schema_ready.set()
@@ -343,6 +394,12 @@ class Authority:
                 await asyncio.sleep(_RETRY)
             except StoreUnavailable:
                 await asyncio.sleep(_RETRY)
+
+    async def _compare(self, connection: Connection) -> None:
+        try:
+            await self.continuity.compare(AuditTree(always(connection)))
+        except OSError as error:
+            raise StoreUnavailable(f"no outside checkpoint can be read: {error}") from None
 
     async def _rotate_when_prepared(self) -> None:
         await self._schema_ready.wait()

@@ -50,6 +50,24 @@ audit_refusals_unrecorded = Counter(
     "privyseal_audit_refusals_unrecorded",
     "Refusals answered while the audit log was away: counted and logged instead.",
 )
+reported_events = Counter(
+    "privyseal_reported_events",
+    "Events that other services reported, by what they were told: recorded, known, refused or "
+    "signature_wanted.",
+    ["status"],
+)
+forged_tokens = Counter(
+    "privyseal_forged_tokens",
+    "Reported tokens that a key of ours signed and that were never issued: that key leaked.",
+)
+unverifiable_tokens = Counter(
+    "privyseal_unverifiable_tokens",
+    "Reported tokens that a key of ours signed and whose record may have been archived.",
+)
+unknown_tokens = Counter(
+    "privyseal_unknown_tokens",
+    "Reports of tokens that are on no record, with no proof of where they come from.",
+)
 directory_reads = Counter(
     "privyseal_directory_reads", "Service users read for an exchange.", ["source"]
 )
@@ -67,6 +85,26 @@ ring_read_at_seconds = Gauge(
     "privyseal_ring_read_at_seconds",
     "When each process read the key ring; seconds since 1970.",
     multiprocess_mode="liveall",
+)
+audit_tree_size = Gauge(
+    "privyseal_audit_tree_size",
+    "Records that have their place in the audit log's Merkle tree.",
+    multiprocess_mode="livemax",
+)
+audit_records_waiting = Gauge(
+    "privyseal_audit_records_waiting",
+    "Committed records without a place in the tree at the last look; 10000 means that or more.",
+    multiprocess_mode="livemax",
+)
+audit_checkpoint_at_seconds = Gauge(
+    "privyseal_audit_checkpoint_at_seconds",
+    "When the newest checkpoint was signed; seconds since 1970.",
+    multiprocess_mode="livemax",
+)
+audit_log_broken = Gauge(
+    "privyseal_audit_log_broken",
+    "1 while the audit log does not go on from its newest checkpoint: nothing is issued.",
+    multiprocess_mode="livemax",
 )
 signatures = Counter("privyseal_signatures", "Tokens signed, by key.", ["kid"])
 

@@ -27,7 +27,7 @@ LOCAL_AUDIENCE = "http://127.0.0.1:8081"
 """The example ingest service; any other installation names its own."""
 
 # Read by the client half of the command line and by the tests, not by the server.
-_NOT_OURS = frozenset({"URL", "CLIENT_ID", "CLIENT_SECRET", "REQUIRE_ALL"})
+_NOT_OURS = frozenset({"AUDIT_KEY", "URL", "CLIENT_ID", "CLIENT_SECRET", "REQUIRE_ALL"})
 
 # RFC 8414 §2: no query, no fragment; ours also has no path, so that one comparison of bytes does.
 _ISSUER = re.compile(
@@ -64,14 +64,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     data_dir: Path = Path("var")
     kek_file: Path | None = None
     """`None`: `data_dir/kek`; read `kek_path`."""
+    checkpoint_dir: Path | None = None
+    """`None`: `data_dir/checkpoints`; read `checkpoint_path`."""
+    audit_retention_months: int | None = None
+    """How old a month is when `audit archive` takes it and `doctor` misses that; `None`: never."""
     audience: str = LOCAL_AUDIENCE
     token_lifetime: int = 900
     jwks_max_age: int = 300
     key_publish_lead: int = 86_400
     key_rotation_days: int = 30
     key_bits: int = 2048
-    key_custody: str = LOCAL
-    """Where new signing keys are made: `local:`, or a PKCS #11 URI (RFC 7512)."""
+    key_custody: tuple[str, ...] = (LOCAL,)
+    """Where private halves are: `local:`, or a PKCS #11 URI (RFC 7512). The first makes new keys,
+    all are used."""
     rotation_gate: str = "bounded"
     """`strict`: a rotation waits for verifiers that lack the next key until an operator asks."""
     clock_skew: int = 60
@@ -118,6 +123,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def kek_path(self) -> Path:
         """The file with the key-encryption keys."""
         return self.kek_file or self.data_dir / "kek"
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """Where the audit log's checkpoints are kept outside the database."""
+        return self.checkpoint_dir or self.data_dir / "checkpoints"
+
+    @property
+    def log_origin(self) -> str:
+        """The name of the first audit log (C2SP tlog-checkpoint: no scheme)."""
+        return f"{self.issuer.partition('://')[2]}/audit/1"
 
     @property
     def api_audience(self) -> str:
@@ -168,13 +183,15 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "DATABASE_URL": Secret,
     "DATA_DIR": _path,
     "KEK_FILE": _path,
+    "CHECKPOINT_DIR": _path,
+    "AUDIT_RETENTION_MONTHS": _integer,
     "AUDIENCE": str,
     "TOKEN_LIFETIME": _integer,
     "JWKS_MAX_AGE": _integer,
     "KEY_PUBLISH_LEAD": _integer,
     "KEY_ROTATION_DAYS": _integer,
     "KEY_BITS": _integer,
-    "KEY_CUSTODY": str,
+    "KEY_CUSTODY": lambda text: tuple(text.split()),
     "ROTATION_GATE": str.lower,
     "CLOCK_SKEW": _integer,
     "TRUSTED_PROXIES": _networks,
@@ -241,11 +258,12 @@ def _range_problems(settings: Settings) -> list[str]:
         "KEY_ROTATION_DAYS": (1, 366, "days"),
         "CLOCK_SKEW": (5, 300, "seconds"),
         "DRAIN_SECONDS": (0, 300, "seconds"),
+        "AUDIT_RETENTION_MONTHS": (1, 1200, "months"),
     }
     return [
         f"{PREFIX}{name} must be {low} to {high} {unit}."
         for name, (low, high, unit) in ranges.items()
-        if not low <= getattr(settings, name.lower()) <= high
+        if (value := getattr(settings, name.lower())) is not None and not low <= value <= high
     ]
 
 
@@ -265,12 +283,15 @@ def _key_problems(settings: Settings) -> list[str]:
         )
     if settings.key_bits not in _KEY_BITS:
         problems.append("PRIVYSEAL_KEY_BITS must be 2048, 3072 or 4096.")
-    if settings.key_custody != LOCAL and not settings.key_custody.startswith("pkcs11:"):
+    schemes = [uri.partition(":")[0] for uri in settings.key_custody if ":" in uri]
+    if len(schemes) != len(settings.key_custody) or not {*schemes} <= {"local", "pkcs11"}:
         problems.append(
             "PRIVYSEAL_KEY_CUSTODY must be local: or a PKCS #11 URI (RFC 7512), such as "
             "pkcs11:token=privyseal?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source="
-            "/run/secrets/pin."
+            "/run/secrets/pin, or both: the first makes new keys."
         )
+    elif len(schemes) != len({*schemes}):
+        problems.append("PRIVYSEAL_KEY_CUSTODY names two of one kind: one token at a time.")
     if settings.rotation_gate not in _ROTATION_GATES:
         problems.append(f"PRIVYSEAL_ROTATION_GATE must be {' or '.join(_ROTATION_GATES)}.")
     return problems

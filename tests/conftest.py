@@ -17,7 +17,9 @@ import asyncpg
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from keys.envelope import KeyEncryptionKeys
 from keys.secret import Secret
+from service.store.audit_logs import open_log
 from service.store.database import MIGRATING, connect
 from service.store.embedded import DATABASE, OWNER, SUPERUSER, EmbeddedPostgres, Running
 from service.store.migrate import migrate
@@ -119,6 +121,15 @@ async def _migrate(running: Running) -> None:
     )
     try:
         await migrate(connection)
+    finally:
+        await connection.close(timeout=5)
+
+
+async def open_audit_log(running: Running, origin: str, keks: KeyEncryptionKeys) -> None:
+    """Open the audit log of a fresh database, as `privyseal migrate` does."""
+    connection = await connect(running.owner_dsn, application_name="tests open log")
+    try:
+        assert await open_log(connection, origin, keks)
     finally:
         await connection.close(timeout=5)
 

@@ -233,7 +233,7 @@ class Administration:
             operator.require_all(before.admin_scopes | after.admin_scopes)
             self._require_api_audience(after)
             if after.admin_scopes - before.admin_scopes and any(
-                held.is_live(self._clock()) for held in subject.credentials
+                not held.has_ended(self._clock()) for held in subject.credentials
             ):
                 # Whoever may have kept such a secret had not the rights to make one for this.
                 raise Conflict(
@@ -296,7 +296,7 @@ class Administration:
             subject = await self._store.fresh(service_user_id)
             user = _user(subject)
             operator.require_all(user.admin_scopes)
-            live = sum(held.is_live(self._clock()) for held in subject.credentials)
+            live = sum(not held.has_ended(self._clock()) for held in subject.credentials)
             if live >= MAX_LIVE_CREDENTIALS:
                 raise Conflict(
                     f"{user.name} has {live} live credentials, and that is the most. "
@@ -321,6 +321,8 @@ class Administration:
         service_user_id: str,
         credential_id: str,
         origin: ClientAddress,
+        *,
+        reason: str | None = None,
     ) -> tuple[Credential, LiveTokens | None]:
         """Revoke a credential; from when this returns it gets no token from any process."""
 
@@ -339,6 +341,7 @@ class Administration:
                 origin,
                 {"label": held.label},
                 credential_id=credential_id,
+                reason=reason,
             )
             return held if await self._store.revoke_credential(credential_id, record) else None
 
@@ -347,7 +350,20 @@ class Administration:
         with suppress(StoreUnavailable):
             subject = await self._store.fresh(service_user_id)
             revoked = next(held for held in subject.credentials if held.id == credential_id)
-        return revoked, await self._live_tokens(service_user_id, credential_id)
+        return revoked, await self.live_tokens(service_user_id, credential_id)
+
+    async def live_tokens(
+        self, service_user_id: str, credential_id: str | None = None
+    ) -> LiveTokens | None:
+        """Return what is still accepted offline, of one credential if it is given.
+
+        None if they cannot be counted: that must not hide that the act is done.
+        """
+        try:
+            return await self._store.live_tokens(service_user_id, credential_id)
+        except StoreUnavailable as error:
+            log.warning("live_tokens_not_counted", error=str(error))
+            return None
 
     def _require_api_audience(self, user: ServiceUser) -> None:
         """Raise Invalid for admin scopes that no token could carry: so the last operator would
@@ -373,17 +389,7 @@ class Administration:
         return msgspec.structs.replace(after, version=before.version + 1)
 
     async def _with_live_tokens(self, user: ServiceUser) -> tuple[ServiceUser, LiveTokens | None]:
-        return user, await self._live_tokens(user.id)
-
-    async def _live_tokens(
-        self, service_user_id: str, credential_id: str | None = None
-    ) -> LiveTokens | None:
-        """Return None if they cannot be counted: that must not hide that the act is done."""
-        try:
-            return await self._store.live_tokens(service_user_id, credential_id)
-        except StoreUnavailable as error:
-            log.warning("live_tokens_not_counted", error=str(error))
-            return None
+        return user, await self.live_tokens(user.id)
 
     def _record(
         self,
@@ -395,11 +401,13 @@ class Administration:
         details: dict[str, Any],
         *,
         credential_id: str | None = None,
+        reason: str | None = None,
     ) -> AuditRecord:
         return AuditRecord(
             id=new_record_id(self._clock()),
             action=action,
             outcome=Outcome.SUCCESS,
+            reason=reason,
             service_user_id=user.id,
             service_user=user.name,
             source_system=user.source_system,

@@ -5,27 +5,22 @@ Reads nothing and records nothing: it judges what the store said of one `client_
 
 import hashlib
 import hmac
-import re
 import secrets
 from datetime import UTC, datetime
 from typing import Final
-from zlib import crc32
 
+from keys.client_secret import base62, checksum
 from keys.secret import Secret
 from service.authority.errors import OAuthError, OAuthErrorCode
 from service.authority.model import Principal, Status, Subject
 
-# 43 characters of base62 hold 256 bits; 6 more hold a CRC-32, so that a scanner of source code
-# finds leaked secrets without guessing. No character needs escaping in a URL, a form or Basic.
-SECRET_FORM: Final = re.compile("pvs_([0-9A-Za-z]{43})([0-9A-Za-z]{6})")
-_BASE62: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _NO_SECRET: Final = bytes(32)
 
 
 def new_secret() -> Secret:
     """Return `pvs_`, 256 random bits and their CRC-32, in base62."""
-    random = _base62(secrets.randbits(256), 43)
-    return Secret(f"pvs_{random}{_base62(crc32(random.encode('ascii')), 6)}")
+    random = base62(secrets.randbits(256), 43)
+    return Secret(f"pvs_{random}{checksum(random)}")
 
 
 def secret_sha256(secret: Secret) -> bytes:
@@ -37,8 +32,8 @@ def authenticate(subject: Subject, client_secret: Secret, now: float) -> Princip
     """Return who this is; raise OAuthError(invalid_client).
 
     An unknown client, a wrong secret and a revoked credential get the same words in the same
-    time. Whoever holds the right secret may know why it does not help: it ended, or its service
-    user is disabled, and whom to ask.
+    time. Whoever holds the right secret may know why it does not help: it ended or is held, or its
+    service user is disabled, and whom to ask.
     """
     presented = secret_sha256(client_secret)
     found = None
@@ -62,13 +57,20 @@ def authenticate(subject: Subject, client_secret: Secret, now: float) -> Princip
             f"The service user {user.name} is disabled. Ask {user.contact or user.owner}.",
             reason="service_user_disabled",
         )
-    if not found.is_live(now):
+    if found.has_ended(now):
         ended = found.expires_at.astimezone(UTC)
         raise OAuthError(
             OAuthErrorCode.INVALID_CLIENT,
             f"This credential ended on {_date(ended)}. Ask {user.contact or user.owner} for a "
             "new one.",
             reason="credential_expired",
+        )
+    if not found.is_live(now):
+        raise OAuthError(
+            OAuthErrorCode.INVALID_CLIENT,
+            "This credential is held after a restore until an operator confirms it. Ask "
+            f"{user.contact or user.owner}.",
+            reason="credential_held",
         )
     return Principal(service_user=user, credential=found)
 
@@ -83,11 +85,3 @@ def _unknown(reason: str) -> OAuthError:
 
 def _date(at: datetime) -> str:
     return at.strftime("%Y-%m-%d %H:%M UTC")
-
-
-def _base62(number: int, length: int) -> str:
-    digits: list[str] = []
-    for _ in range(length):
-        number, digit = divmod(number, 62)
-        digits.append(_BASE62[digit])
-    return "".join(reversed(digits))

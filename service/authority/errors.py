@@ -95,6 +95,12 @@ class Conflict(AdminRefusal):
     reason = "conflict"
 
 
+class TooMany(AdminRefusal):
+    """So many of these are under way, or were asked for, that this one has to wait."""
+
+    reason = "too_many"
+
+
 class PreconditionFailed(AdminRefusal):
     """The thing was changed since the caller read it (RFC 9110 §13.1.1 `If-Match`)."""
 

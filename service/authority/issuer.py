@@ -67,6 +67,14 @@ class Directory(Protocol):
         ...
 
 
+class WholeLog(Protocol):
+    """Knows whether the audit log goes on from what was signed."""
+
+    def require(self) -> None:
+        """Raise AuditUnavailable unless it was found whole when it was last compared."""
+        ...
+
+
 class KeyRings(Protocol):
     """Reads the ring of signing keys, from memory or from Postgres."""
 
@@ -128,6 +136,7 @@ class TokenIssuer:
         directory: Directory,
         keys: KeyRings,
         audit: AuditLog,
+        continuity: WholeLog,
         operators: Operators,
         clock: Clock,
     ) -> None:
@@ -135,6 +144,7 @@ class TokenIssuer:
         self._directory = directory
         self._keys = keys
         self._audit = audit
+        self._continuity = continuity
         self._operators = operators
         self._clock = clock
 
@@ -200,6 +210,7 @@ class TokenIssuer:
         """
         try:
             for read_subject, read_ring in readings:
+                self._continuity.require()
                 subject, ring = await read_subject(client_id), await read_ring()
                 if ring.active is None or ring.active.signer is None:
                     raise TemporarilyUnavailable("no key can sign in this process")
@@ -211,6 +222,9 @@ class TokenIssuer:
                     recorded, token = await asyncio.gather(
                         self._audit.append(decision.record), decision.answer.sign()
                     )
+                    # Once more: the commit may be in a database that was restored meanwhile. Each
+                    # new connection is compared before anything is committed through it.
+                    self._continuity.require()
                     if recorded:
                         return token
         except (StoreUnavailable, AuditUnavailable, CustodyError, TimeoutError) as error:

@@ -3,16 +3,20 @@
 The scheduled life of a key is `key_rotation.py`'s; its states are `keys/keyring.py`'s.
 """
 
+import asyncio
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 from msgspec import Struct
 
+from keys.envelope import EnvelopeError, KekReader, KeyEncryptionKeys
 from keys.keyring import KeyState, RotationPolicy, SigningKey
+from keys.log_key import reseal_log_key
 from keys.signer import Custody, CustodyError, KeptKey
 from service.authority.audit import Action, AuditRecord, Outcome, new_record_id, personal
+from service.authority.audit.continuity import AuditLogRow
 from service.authority.errors import (
     AdminRefusal,
     Conflict,
@@ -45,8 +49,9 @@ class Revocation(Struct, frozen=True, kw_only=True):
 
     No process signs with a revoked key from now on. Until `old_accepted_until` a verifier that
     heeds the max-age of the JWKS may still accept its tokens, and refuse those of a key that it
-    has not seen; ours, if it cannot fetch, until `old_accepted_offline_until`. `holders` have to
-    exchange again; it is null if they could not be read.
+    has not seen; ours, if it cannot fetch, until `old_accepted_offline_until`. (An instance that
+    is cut off from Postgres goes on publishing what it last read: its `/readyz` shows the age.)
+    `holders` have to exchange again; it is null if they could not be read.
     """
 
     revoked_kids: list[str]
@@ -55,6 +60,18 @@ class Revocation(Struct, frozen=True, kw_only=True):
     old_accepted_offline_until: datetime
     holders: list[TokenHolder] | None
     advice: str
+
+
+class LogKeyStore(Protocol):
+    """Where the key of the audit log is; every method may raise StoreUnavailable."""
+
+    async def current(self) -> AuditLogRow | None:
+        """Return the newest log."""
+        ...
+
+    async def reseal(self, log: AuditLogRow, after: bytes, record: AuditRecord) -> bool:
+        """Put `after` in the place of its sealed private half, if that still is what it was."""
+        ...
 
 
 class KeyAdministration:
@@ -67,6 +84,8 @@ class KeyAdministration:
         store: SigningKeyStore,
         evidence: Evidence,
         custody: Custody,
+        log_keys: LogKeyStore,
+        read_keks: KekReader,
         operators: Operators,
         policy: RotationPolicy,
         key_bits: int,
@@ -79,6 +98,8 @@ class KeyAdministration:
         self._store = store
         self._evidence = evidence
         self._custody = custody
+        self._log_keys = log_keys
+        self._read_keks = read_keks
         self._operators = operators
         self._policy = policy
         self._key_bits = key_bits
@@ -158,7 +179,9 @@ class KeyAdministration:
         database or host. The new ones are sealed under the first key of KEK_FILE."""
         operator.require(AdminScope.SIGNING_KEYS_REVOKE)
         try:
-            signing, following = [await self._custody.new_key(self._key_bits) for _ in range(2)]
+            signing, following = await asyncio.gather(
+                *(self._custody.new_key(self._key_bits) for _ in range(2))
+            )
         except CustodyError as error:
             raise Conflict(str(error)) from error
 
@@ -182,11 +205,22 @@ class KeyAdministration:
             # Certainly not in use; after any other failure nobody can say that.
             await self._discard(signing, following)
             raise
+        await self._rewrap_log_key()
         advice = (
             "The new keys are sealed under the first key of KEK_FILE. If that one could have "
             "leaked, put a new one first and revoke all again."
         )
         return await self._revocation(revoked, advice)
+
+    async def _rewrap_log_key(self) -> None:
+        """The audit log goes on without the old key-encryption key, too."""
+        try:
+            done = await rewrap_log_key(self._log_keys, self._read_keks(), self._clock())
+        except (EnvelopeError, StoreUnavailable) as error:
+            log.error("audit_log_key_not_rewrapped", error=str(error))
+        else:
+            if not done:
+                log.error("audit_log_key_not_rewrapped", error="it changed twice meanwhile")
 
     async def _discard(self, *made: KeptKey) -> None:
         for key in made:
@@ -245,6 +279,41 @@ def rewrap_record(kid: str, now: float) -> AuditRecord:
         outcome=Outcome.SUCCESS,
         actor="privyseal keys rewrap",
         kid=kid,
+    )
+
+
+async def rewrap_log_key(store: LogKeyStore, keks: KeyEncryptionKeys, now: float) -> bool:
+    """Seal the audit log's key under the first key-encryption key, on record; say whether it is.
+
+    Raise EnvelopeError, StoreUnavailable.
+    """
+    for _ in range(2):
+        current = await store.current()
+        if current is None or keks.seals(current.sealed_private):
+            return True
+        record = AuditRecord(
+            id=new_record_id(now),
+            action=Action.AUDIT_LOG_REWRAP,
+            outcome=Outcome.SUCCESS,
+            actor="privyseal",
+            details={"origin": current.origin},
+        )
+        after = reseal_log_key(current.origin, current.sealed_private, keks)
+        if await store.reseal(current, after, record):
+            return True
+    return False
+
+
+def recovery_record(kid: str, now: float, reason: str, revoked: list[str]) -> AuditRecord:
+    """Return the record of a revocation of all keys that was done where the database is."""
+    return AuditRecord(
+        id=new_record_id(now),
+        action=Action.SIGNING_KEY_REVOKE_ALL,
+        outcome=Outcome.SUCCESS,
+        reason=reason,
+        actor="privyseal keys recover",
+        kid=kid,
+        details={"revoked": revoked},
     )
 
 

@@ -114,11 +114,23 @@ class Credential(Struct, frozen=True, kw_only=True):
     created_at: datetime
     expires_at: datetime
     revoked_at: datetime | None = None
+    held_at: datetime | None = None
+    """Since when, after a restore, it waits for an operator to confirm it."""
     last_used_at: datetime | None = None
 
     def is_live(self, now: float) -> bool:
         """Whether it may be exchanged at `now` (seconds since the epoch)."""
-        return self.revoked_at is None and now < self.expires_at.timestamp()
+        return self.held_at is None and not self.has_ended(now)
+
+    def has_ended(self, now: float) -> bool:
+        """Whether it never can be exchanged again, whatever an operator does."""
+        return self.revoked_at is not None or now >= self.expires_at.timestamp()
+
+    def state(self, now: float) -> str:
+        """Return live, held, expired or revoked, as of `now`."""
+        if self.has_ended(now):
+            return "revoked" if self.revoked_at else "expired"
+        return "held" if self.held_at else "live"
 
 
 class Subject(Struct, frozen=True, kw_only=True):

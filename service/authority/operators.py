@@ -150,7 +150,9 @@ class Operators:
         if user.status is not Status.ACTIVE:
             raise Unauthenticated(f"The service user {user.name} is disabled.")
         if credential is None or not credential.is_live(self._clock()):
-            raise Unauthenticated("The credential behind this token was revoked or has ended.")
+            raise Unauthenticated(
+                "The credential behind this token was revoked, has ended or is held."
+            )
         return Operator(
             service_user=user,
             credential_id=credential.id,

@@ -26,6 +26,7 @@ _SECTIONS: Final = {
         "serve": ("service.cli.server:serve", "Serve tokens, keys and the admin API."),
         "migrate": ("service.cli.server:migrate_command", "Bring the database to this release."),
         "bootstrap": ("service.cli.server:bootstrap", "Make the first operator."),
+        "restore": ("service.cli.server:restore", "Go on after a restore of the database."),
         "doctor": ("service.cli.server:doctor", "Check settings, database, keys and clock."),
     },
 }

@@ -8,14 +8,14 @@ import asyncio
 import re
 import time
 from base64 import b64encode
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from functools import cached_property
 from http import HTTPStatus
 from importlib.metadata import version
 from ipaddress import ip_address
 from ssl import SSLCertVerificationError
 from types import TracebackType
-from typing import Any, Final, Self, cast
+from typing import Any, Final, Self, TypeVar, cast
 from urllib.parse import urlsplit
 
 import click
@@ -24,12 +24,16 @@ import httpx
 from keys.secret import Secret
 from service.cli.render import Json, printable
 
+T = TypeVar("T")
+
 DEFAULT_URL: Final = "http://127.0.0.1:8080"
 DEADLINE: Final = 10.0
 """Seconds for one call, from connecting to the last byte of the answer."""
 TRIES: Final = 3
 RETRY_WINDOW: Final = 15.0
 """Seconds within which an authority that is not available is tried again."""
+RENEW_AT: Final = 2 / 3
+"""The part of a token's lifetime after which a command that still runs gets another."""
 
 _ORIGIN: Final = re.compile(r"https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?/?")
 _CLIENT_ID: Final = re.compile("su_[a-z2-7]{24}")
@@ -37,6 +41,7 @@ _CLIENT_SECRET: Final = re.compile("pvs_[0-9A-Za-z]{49}")
 # RFC 6750 §3: the scope that would have been enough.
 _SCOPE: Final = re.compile('scope="([^"]+)"')
 _METADATA: Final = "/.well-known/oauth-authorization-server"
+_FORGED: Final = re.compile("token[.]forged ([0-9]{1,9})")
 _UNSURE: Final = " It may have been done: look before you repeat it."
 _CREDENTIAL: Final = "The credential is that in PRIVYSEAL_CLIENT_ID and PRIVYSEAL_CLIENT_SECRET."
 
@@ -69,6 +74,9 @@ class Authority:
         self.url = url
         self.client_id = client_id
         self._client_secret = client_secret
+        self._admin_token: Secret | None = None
+        self._renew_at = 0.0
+        self._alert_shown = ""
         self._runner = asyncio.Runner()
         self._http = httpx.AsyncClient(
             base_url=url,
@@ -76,6 +84,7 @@ class Authority:
             headers={"User-Agent": f"privyseal/{version('privyseal')}"},
             # Plain HTTP is for loopback, and no proxy stands in between: it could read along.
             trust_env=url.startswith("https:"),
+            event_hooks={"response": [self._show_alert]},
         )
 
     @classmethod
@@ -145,6 +154,23 @@ class Authority:
         params = {name: value for name, value in query.items() if value is not None}
         return self._call("GET", path, repeatable=True, params=params)
 
+    def stream(self, path: str, **query: str | None) -> Iterator[bytes]:
+        """Read an answer piece by piece, however long it is; raise Unavailable if it breaks off."""
+        params = {name: value for name, value in query.items() if value is not None}
+        request = self._admin_request("GET", path, params=params)
+        response = self._send(request, repeatable=True, stream=True)
+        try:
+            if not response.is_success:
+                self._runner.run(response.aread())
+                raise self._refusal(response, repeatable=True)
+            pieces = response.aiter_bytes()
+            while (
+                piece := self._guarded(anext(pieces, None), request, repeatable=True)
+            ) is not None:
+                yield piece
+        finally:
+            self._runner.run(response.aclose())
+
     def get_list(self, path: str, member: str) -> list[Json]:
         """Read a list that has no pages."""
         return self._list(self.get(path), member)
@@ -172,9 +198,19 @@ class Authority:
             if cursor is None or len(items) < asked:
                 return
 
-    def post(self, path: str, body: Json | None = None, *, repeatable: bool = False) -> Json:
-        """Act; `repeatable` if to do it twice is to do it once (RFC 9110 §9.2.2)."""
-        return self._call("POST", path, repeatable=repeatable, json=body)
+    def post(
+        self,
+        path: str,
+        body: Json | None = None,
+        *,
+        repeatable: bool = False,
+        deadline: float = DEADLINE,
+    ) -> Json:
+        """Act, within `deadline` seconds.
+
+        `repeatable` if to do it twice is to do it once (RFC 9110 §9.2.2).
+        """
+        return self._call("POST", path, repeatable=repeatable, json=body, timeout=deadline)
 
     def patch(self, path: str, body: Json, *, version: int) -> Json:
         """Change what is still at `version`."""
@@ -192,6 +228,10 @@ class Authority:
             f"There is no service user named {printable(id_or_name)}. "
             "`privyseal service-users list` shows those that there are."
         )
+
+    def forget_token(self) -> None:
+        """Get another token for the next call: the one at hand may have died before its time."""
+        self._admin_token = None
 
     @property
     def _api_audience(self) -> str:
@@ -223,29 +263,52 @@ class Authority:
             )
         return metadata
 
-    @cached_property
-    def _admin_token(self) -> Secret:
-        return Secret(self.exchange(resource=self._api_audience)["access_token"])
+    def _bearer(self) -> str:
+        if self._admin_token is None or time.monotonic() >= self._renew_at:
+            answer = self.exchange(resource=self._api_audience)
+            self._admin_token = Secret(answer["access_token"])
+            self._renew_at = time.monotonic() + answer["expires_in"] * RENEW_AT
+        return f"Bearer {self._admin_token.reveal()}"
 
     def _basic(self) -> str:
         # Neither id nor secret has a character that RFC 6749 §2.3.1 would have us encode.
         pair = f"{self.client_id}:{self._client_secret.reveal()}"
         return f"Basic {b64encode(pair.encode('ascii')).decode('ascii')}"
 
+    async def _show_alert(self, response: httpx.Response) -> None:
+        """Say that a key leaked, before anything else and once."""
+        alert = response.headers.get("Privyseal-Alert", "")
+        if alert == self._alert_shown or not (forged := _FORGED.fullmatch(alert)):
+            return
+        self._alert_shown = alert
+        count = int(forged[1])
+        click.secho(
+            f"ALERT: {count} forged token{'s were' if count > 1 else ' was'} reported in the last "
+            "7 days: a signing key is in other hands.\n"
+            "       See: privyseal audit list --action token.forged",
+            fg="red",
+            bold=True,
+            err=True,
+        )
+
     def _call(self, method: str, path: str, *, repeatable: bool, **content: Any) -> Json:
-        authorization = {"Authorization": f"Bearer {self._admin_token.reveal()}"}
-        headers = {**content.pop("headers", {}), **authorization}
-        request = self._http.build_request(method, f"/api/v1{path}", headers=headers, **content)
-        response = self._send(request, repeatable=repeatable)
+        response = self._send(self._admin_request(method, path, **content), repeatable=repeatable)
         if not response.is_success:
             raise self._refusal(response, repeatable=repeatable)
         return self._body(response)
 
-    def _send(self, request: httpx.Request, *, repeatable: bool) -> httpx.Response:
+    def _admin_request(self, method: str, path: str, **content: Any) -> httpx.Request:
+        headers = {**content.pop("headers", {}), "Authorization": self._bearer()}
+        return self._http.build_request(method, f"/api/v1{path}", headers=headers, **content)
+
+    def _send(
+        self, request: httpx.Request, *, repeatable: bool, stream: bool = False
+    ) -> httpx.Response:
         give_up = time.monotonic() + RETRY_WINDOW
         tries_left = TRIES
         while True:
-            response = self._send_once(request, repeatable=repeatable)
+            sending = self._http.send(request, stream=stream)
+            response = self._guarded(sending, request, repeatable=repeatable)
             tries_left -= 1
             wait = _retry_after(response)
             if (
@@ -258,27 +321,22 @@ class Authority:
             click.echo(f"{self.url} is not available; trying again in {wait} s.", err=True)
             time.sleep(wait)
 
-    def _send_once(self, request: httpx.Request, *, repeatable: bool) -> httpx.Response:
+    def _guarded(self, work: Awaitable[T], request: httpx.Request, *, repeatable: bool) -> T:
         unsure = "" if repeatable else _UNSURE
         try:
-            return self._runner.run(self._within_deadline(request))
+            return self._runner.run(_within(_deadline(request), work))
         except httpx.ConnectError as error:
             raise self._unreachable(request.url, error) from None
         except (TimeoutError, httpx.TimeoutException):
             raise Unavailable(
-                f"{_origin(request.url)} did not answer within {DEADLINE:.0f} s. Try again later."
-                + unsure
+                f"{_origin(request.url)} did not answer within {_deadline(request):.0f} s. "
+                "Try again later." + unsure
             ) from None
         except httpx.HTTPError as error:
             raise Unavailable(
                 f"The connection to {_origin(request.url)} broke ({type(error).__name__}). "
                 "Try again." + unsure
             ) from None
-
-    async def _within_deadline(self, request: httpx.Request) -> httpx.Response:
-        # httpx counts its timeout anew with every read; this one is for the whole call.
-        async with asyncio.timeout(DEADLINE):
-            return await self._http.send(request)
 
     def _unreachable(self, url: httpx.URL, error: httpx.ConnectError) -> Unavailable:
         cause: BaseException | None = error
@@ -338,6 +396,12 @@ class Authority:
         return body[member]
 
 
+async def _within(seconds: float, work: Awaitable[T]) -> T:
+    # httpx counts its timeout anew with every read; this one is for the whole call.
+    async with asyncio.timeout(seconds):
+        return await work
+
+
 def _is_confidential(url: str) -> bool:
     parts = urlsplit(url)
     host = parts.hostname or ""
@@ -379,6 +443,10 @@ def _field_error(fault: Json) -> str:
 
 def _said(text: Any) -> str:
     return printable(str(text)) if text else ""
+
+
+def _deadline(request: httpx.Request) -> float:
+    return request.extensions["timeout"]["read"]
 
 
 def _origin(url: httpx.URL) -> str:

@@ -1,21 +1,49 @@
 """`privyseal audit`: who did what, when, from where.
 
-Reads the log; there is no way to write into it.
+Changes no record: months can only be moved into archives, and personal values erased, by the owner.
 """
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib import import_module
 from itertools import islice
-from typing import TYPE_CHECKING, Any
-from uuid import UUID
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from service.cli.arguments import Moment, authority, credential_id, json_option
+from service.cli.arguments import Moment, authority, json_option, yes_option
+from service.cli.export import export
+from service.cli.record_filters import record_filters
 from service.cli.render import Json, print_json, print_table
+from service.cli.tail import tail
 
 if TYPE_CHECKING:
     from service.cli.api import Authority
+
+
+_MONTH: Final = re.compile(r"[0-9]{4}-(0[1-9]|1[0-2])")
+_MATCHES: Final = ("client_address", "user_agent", "service_user")
+
+
+def _month(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not _MONTH.fullmatch(value):
+        raise click.BadParameter(f"{value!r} is no month: expected one such as 2026-10.")
+    return value
+
+
+def _match(_: click.Context, __: click.Parameter, value: str) -> tuple[str, str]:
+    kind, _equals, wanted = value.partition("=")
+    if kind not in _MATCHES or not wanted:
+        raise click.BadParameter(f"expected {', '.join(_MATCHES)}, then = and a value.")
+    return kind, wanted
+
+
+def _reason(_: click.Context, __: click.Parameter, value: str) -> str:
+    if not 3 <= len(value) <= 200:
+        raise click.BadParameter(f"expected 3 to 200 characters, found {len(value)}.")
+    return value
 
 
 @click.group()
@@ -23,37 +51,22 @@ def audit() -> None:
     """Who did what, when, from where. Every token and every administrative act is on record."""
 
 
+audit.add_command(export)
+audit.add_command(tail)
+
+
 @audit.command("list")
-@click.option("--service-user", metavar="SU", help="Whom it was done to: id or name.")
-@click.option("--source-system", help="Of which system that one is.")
-@click.option(
-    "--credential",
-    metavar="CREDENTIAL",
-    callback=credential_id,
-    help="With or on which credential.",
-)
-@click.option("--actor", metavar="SU", help="Which operator did it: id or name.")
-@click.option("--action", help="What was done, such as token.issue or credential.revoke.")
-@click.option("--outcome", type=click.Choice(["success", "refused"]), help="Whether it was done.")
-@click.option("--request-id", help="The X-Request-Id of an answer.")
-@click.option("--jti", type=click.UUID, help="The id of a token, which is that of its record.")
-@click.option(
-    "--since",
-    type=Moment(ahead=False, end_of_day=False),
-    help="A date (UTC), a time with offset, or a duration back from now.",
-)
-@click.option("--until", type=Moment(ahead=False, end_of_day=True), help="The same.")
 @click.option(
     "--limit", type=click.IntRange(1), default=100, show_default=True, help="At most so many."
 )
 @click.option("--oldest-first", is_flag=True, help="The first records instead of the last ones.")
+@record_filters
 @json_option
 def list_(
     limit: int,
     oldest_first: bool,
     as_json: bool,
     service_user: str | None,
-    jti: UUID | None,
     **filters: str | None,
 ) -> None:
     """List audit records that meet every filter: the last ones, the newest at the bottom.
@@ -75,7 +88,6 @@ def list_(
             limit=limit + 1,
             order="asc" if oldest_first else "desc",
             service_user=service_user,
-            jti=str(jti) if jti else None,
             **filters,
         )
         records = list(islice(found, limit))
@@ -117,3 +129,117 @@ def _line(record: Json) -> Mapping[str, Any]:
         outcome += f" (x{record['repeats']})"
     whom = record["service_user"] or record["service_user_id"]
     return {**record, "outcome": outcome, "service_user": whom}
+
+
+# What follows works where the database is, and by name: nothing of the server is imported for the
+# commands above.
+
+
+@audit.command()
+@click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--database", metavar="URL", help="Instead of PRIVYSEAL_DATABASE_URL.")
+@click.option(
+    "--checkpoint",
+    "checkpoints",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Kept outside the database: a file, or a directory such as PRIVYSEAL_CHECKPOINT_DIR.",
+)
+@click.option(
+    "--key",
+    "keys",
+    multiple=True,
+    envvar="PRIVYSEAL_AUDIT_KEY",
+    metavar="VKEY",
+    help="The log's verifier key, as `privyseal migrate` prints it, or a file with it.",
+)
+@json_option
+def verify(
+    files: tuple[Path, ...],
+    database: str | None,
+    checkpoints: tuple[Path, ...],
+    keys: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Check the log for tampering: a database, or archives (FILES).
+
+    Reads every record, recomputes every hash, and compares with every checkpoint. Any role that may
+    read the tables will do, and no key of the service is needed.
+
+    Cut, restored from an older backup, forked, rewritten by who holds the log's key: these four are
+    found only with a checkpoint that was kept outside the database.
+
+    \b
+    Examples:
+      privyseal audit verify --key "$(cat vkey)" --checkpoint /mnt/checkpoints
+      privyseal audit verify --key vkey archive/*.json
+
+    Exits with 0 if nothing was changed and with 1 if anything was; the first bad record is named.
+    """
+    if files and database:
+        raise click.UsageError("Give FILES or --database.")
+    import_module("service.cli.audit_offline").verify(
+        database=database, files=files, checkpoints=checkpoints, keys=keys, as_json=as_json
+    )
+
+
+@audit.command()
+@click.option("--month", metavar="YYYY-MM", callback=_month, help="This month only.")
+@click.option(
+    "--older-than-months",
+    "older_than",
+    type=click.IntRange(1),
+    help="Each month older than that; PRIVYSEAL_AUDIT_RETENTION_MONTHS unless given.",
+)
+@click.option(
+    "--to",
+    "directory",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The directory that the files go to.",
+)
+@json_option
+def archive(month: str | None, older_than: int | None, directory: Path, as_json: bool) -> None:
+    """Move months that have ended out of the database into compressed files.
+
+    As the owner (privyseal_owner). A month is written, made durable, read again and verified; only
+    then it leaves the database, which is itself on record. Its hashes stay, so that the log still
+    verifies. Seven days after its end a month can be archived, not earlier.
+
+    Personal values go into a file of their own, which can be erased on its own.
+    """
+    if month and older_than:
+        raise click.UsageError("Give --month or --older-than-months.")
+    import_module("service.cli.audit_offline").archive(
+        month=month, older_than=older_than, directory=directory, as_json=as_json
+    )
+
+
+@audit.command()
+@click.option(
+    "--match",
+    required=True,
+    callback=_match,
+    metavar="KIND=VALUE",
+    help="KIND is client_address, user_agent or service_user (an id or a name).",
+)
+@click.option(
+    "--before",
+    type=Moment(ahead=False, end_of_day=False),
+    help="Only records from before: a date (UTC), a time with offset, or a duration back from now.",
+)
+@click.option("--reason", required=True, callback=_reason, help="Why; it goes on record.")
+@click.option("--dry-run", is_flag=True, help="Only count.")
+@yes_option
+def erase(
+    match: tuple[str, str], before: str | None, reason: str, dry_run: bool, yes: bool
+) -> None:
+    """Erase personal values for good: address, user agent, resource, department. Asks first.
+
+    As the owner (privyseal_owner). The records stay, and every proof with them. On record is how
+    many were erased and why, not what was matched. Archives and backups keep theirs.
+    """
+    kind, wanted = match
+    import_module("service.cli.audit_offline").erase_matching(
+        kind=kind, wanted=wanted, before=before, reason=reason, dry_run=dry_run, yes=yes
+    )

@@ -12,11 +12,13 @@ from service.cli.arguments import (
     authority,
     confirm,
     credential_argument,
+    credential_id,
     given,
     json_option,
     service_user_argument,
     yes_option,
 )
+from service.cli.leaked import leaked
 from service.cli.render import (
     Json,
     live_tokens,
@@ -26,6 +28,7 @@ from service.cli.render import (
     print_table,
     printable,
 )
+from service.cli.signing_keys import reason_option
 
 
 @click.group()
@@ -35,6 +38,9 @@ def credentials() -> None:
     Up to ten live side by side, so that one is replaced without downtime: create the next one,
     roll it out, see in `list` that the old one is used no more, revoke the old one.
     """
+
+
+credentials.add_command(leaked)
 
 
 @credentials.command()
@@ -80,7 +86,7 @@ def list_(service_user: str, as_json: bool) -> None:
     print_table(
         held,
         ("id", "label", "state", "last_used_at"),
-        wide=("created_at", "expires_at"),
+        wide=("created_at", "expires_at", "held_at"),
         nothing=f"{printable(service_user)} has no credential.",
     )
 
@@ -105,6 +111,64 @@ def revoke(service_user: str, credential_id: str, yes: bool, as_json: bool) -> N
         return
     click.echo(f"{revoked['id']} ({printable(revoked['label'])}) is revoked.")
     click.echo(live_tokens(revoked), err=True)
+
+
+@credentials.command("confirm")
+@click.argument("service_user", metavar="[SU]", required=False)
+@click.argument("credential_id", metavar="[CREDENTIAL]", required=False, callback=credential_id)
+@click.option("--all", "every", is_flag=True, help="Those of every service user.")
+@reason_option
+@yes_option
+@json_option
+def confirm_(
+    service_user: str | None,
+    credential_id: str | None,
+    every: bool,
+    reason: str,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Confirm held credentials: of a service user, one of them, or all. Asks first.
+
+    After a restore of the database every credential is held: it gets no token until somebody
+    confirms it. Nobody can tell which were revoked after the backup: confirm only what you know to
+    be good, and revoke what you do not.
+
+    \b
+    Examples:
+      privyseal credentials confirm vkyc-prod --reason "in use at branch 7, asked by phone"
+      privyseal credentials confirm --all --reason "nothing was revoked since the backup"
+    """
+    if (service_user is None) != every:
+        raise click.UsageError("Give one SU, or --all.")
+    with authority() as api:
+        su = None if service_user is None else api.service_user_id(service_user)
+        if not yes:
+            confirm(
+                f"{printable(credential_id or service_user or 'Every service user')}: what is held "
+                "gets tokens again, and with it whatever was revoked after the backup."
+            )
+        if credential_id is None:
+            what = given({"reason": reason, "service_user_id": su})
+            done = api.post("/credentials/confirm", what, repeatable=True)
+        else:
+            path = f"/service-users/{su}/credentials/{credential_id}/confirm"
+            done = api.post(path, {"reason": reason}, repeatable=True)
+    if as_json:
+        print_json(done)
+    elif credential_id is not None:
+        click.echo(f"{done['id']} ({printable(done['label'])}) is confirmed.")
+    else:
+        click.echo(f"Confirmed: {done['confirmed']}.")
+        _print_left(done["left"])
+
+
+def _print_left(left: Sequence[Json]) -> None:
+    if left:
+        click.echo(
+            "\nStill held, because you lack admin scopes that their service users have:", err=True
+        )
+        print_table(left, ("service_user", "id", "label"), nothing="")
 
 
 def _what_breaks(held: Sequence[Json], credential_id: str) -> list[str]:

@@ -3,10 +3,8 @@
 Never gives up by itself, and never leaves half a token or a readable one behind.
 """
 
-import os
 import random
 import signal
-import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -17,6 +15,7 @@ from typing import Final, NoReturn
 import click
 
 from service.cli.api import Refused, Unavailable
+from service.cli.files import replacing
 from service.cli.render import Json, moment, warn_of_end
 
 FIRST_DELAY: Final = 1.0
@@ -41,7 +40,9 @@ def keep(exchange: Callable[[], Json], file: Path) -> NoReturn:
         started = time.time()
         try:
             answer = exchange()
-            _replace(file, answer["access_token"])
+            with replacing(file) as kept:
+                # No newline: a program may put the whole content into its header.
+                kept.write(answer["access_token"].encode("ascii"))
         except (Refused, Unavailable, OSError) as error:
             message = _sentence(error, file)
             if not held and not isinstance(error, Unavailable):
@@ -59,19 +60,6 @@ def keep(exchange: Callable[[], Json], file: Path) -> NoReturn:
             _say(f"{held} Renewal in {delay:.0f} s.")
             warn_of_end(answer)
         _sleep(delay)
-
-
-def _replace(file: Path, token: str) -> None:
-    """Replace the file in one step: readers see the old token or the new one."""
-    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")  # mode 0600
-    try:
-        with open(descriptor, "w", encoding="ascii") as temporary:
-            # No newline: a program may put the whole content into its header.
-            temporary.write(token)
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _sleep(seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""The commands that run where the database is: serve, migrate, bootstrap, doctor.
+"""The commands that run where the database is: serve, migrate, bootstrap, restore, doctor.
 
 Everything that an operator does from elsewhere goes through the API: `api.py`.
 """
@@ -18,6 +18,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn, TypeVar
@@ -30,10 +31,12 @@ import structlog
 from keys.envelope import EnvelopeError, KeyEncryptionKeys, new_kek_line
 from keys.keyring import MAY_SIGN
 from keys.secret import Secret
-from keys.signer import LOCAL, CustodyError
+from keys.signer import LOCAL, CustodyError, scheme_of
 from service.authority.errors import AdminRefusal, Conflict, StartRefused, StoreUnavailable
+from service.cli.arguments import confirm
 from service.logging import configure_logging
 from service.settings import Settings, SettingsError, warnings
+from service.store.audit_logs import newest_vkey, open_log
 from service.store.database import MIGRATING, check_server, connect, sqlstate
 from service.store.embedded import EmbeddedPostgres, find_running
 from service.store.migrate import MigrationRefused, migrate, require_schema
@@ -88,15 +91,17 @@ def serve(host: str, port: int, workers: int) -> None:
     _require_free(host, port)
     for warning in warnings(settings):
         log.warning("weak_setting", detail=warning)
-    embedded = None
+    embedded = running = None
     if settings.database_url is None:
         embedded = EmbeddedPostgres(settings.data_dir, bin_dir=settings.pg_bin)
-        running = _refusing(embedded.start)
+        running = refusing(embedded.start)
+    # Not earlier: a second server on this DATA_DIR was refused above. Not later: what follows
+    # imports the metrics.
+    _prepare_metrics(settings.data_dir)
+    if running is not None:
         if settings.kek_file is None:
             _make_kek(settings.kek_path)
-        _run(_migrated(running.owner_dsn))
-    # Not earlier: a second server on this DATA_DIR was refused above.
-    _prepare_metrics(settings.data_dir)
+        _run(_migrated(settings, running.owner_dsn))
     _run(_preflight(settings))
     # uvicorn raises the signal that stopped it once more: it must end this command, not kill it.
     signal.signal(signal.SIGTERM, _end)
@@ -148,19 +153,17 @@ def _serve(host: str, port: int, workers: int) -> None:
 
 @click.command(name="migrate")
 def migrate_command() -> None:
-    """Bring the database to the schema of this release.
+    """Bring the database to the schema of this release, and open its audit log.
 
     PRIVYSEAL_DATABASE_URL names the owner of the schema (privyseal_owner). Servers of the
-    release before go on working.
+    release before go on working. The first time the audit log's key is made, which takes
+    PRIVYSEAL_ISSUER and PRIVYSEAL_KEK_FILE as the servers have them. Its verifier key is printed
+    each time: pin it wherever checkpoints are read.
     """
-    settings = _command_settings()
-    if settings.database_url is not None:
-        names = _run(_migrated(settings.database_url))
-    elif (running := find_running(settings.data_dir)) is not None:
-        names = _run(_migrated(Secret(running.owner_dsn)))
-    else:
-        _refuse("Set PRIVYSEAL_DATABASE_URL; the embedded server is migrated by `privyseal serve`.")
+    settings = command_settings()
+    names, vkey = _run(_migrated(settings, _owner_dsn(settings)))
     click.echo("\n".join(names) if names else "Nothing to do: the schema is that of this release.")
+    click.echo(f"Verifier key of the audit log: {vkey}")
 
 
 @click.command()
@@ -176,7 +179,7 @@ def bootstrap(name: str, as_json: bool, recover: bool, reason: str) -> None:
     """
     if recover and not reason.strip():
         raise click.UsageError("--recover needs --reason: it goes on record.")
-    settings = _command_settings()
+    settings = command_settings()
     client_id, secret = _run(_bootstrapped(settings, name, recover, reason.strip()))
     if as_json:
         click.echo(json.dumps({"client_id": client_id, "client_secret": secret.reveal()}))
@@ -187,9 +190,33 @@ def bootstrap(name: str, as_json: bool, recover: bool, reason: str) -> None:
     click.echo("The secret is shown this once. Try: privyseal service-users list", err=True)
 
 
+@click.group()
+def restore() -> None:
+    """When the database was restored from a backup, or cut: nothing is issued then."""
+
+
+@restore.command()
+@click.option("--reason", required=True, help="Why: 3 to 200 characters; it goes on record.")
+@click.option("--yes", is_flag=True, help="Do not ask first.")
+def accept(reason: str, yes: bool) -> None:
+    """Go on with this database, although its audit log does not extend what was signed.
+
+    For when the right one cannot be had any more: what was decided after the backup is lost with
+    it, revocations too. So every signing key is revoked, every credential is held until an operator
+    confirms it, and the audit log goes on under another name. Asks first.
+
+    PRIVYSEAL_DATABASE_URL names the owner of the schema (privyseal_owner); PRIVYSEAL_KEK_FILE,
+    PRIVYSEAL_CHECKPOINT_DIR and PRIVYSEAL_KEY_CUSTODY are as the servers have them.
+    """
+    if not 3 <= len(reason.strip()) <= 200:
+        raise click.BadParameter("expected 3 to 200 characters.", param_hint="--reason")
+    settings = command_settings()
+    _run(_accepted(settings, _owner_dsn(settings), reason.strip(), yes))
+
+
 def rewrap() -> None:
     """Seal every signing key under the first key of KEK_FILE: `privyseal keys rewrap`."""
-    _run(_rewrapped(_command_settings()))
+    _run(_rewrapped(command_settings()))
 
 
 @click.command()
@@ -198,7 +225,7 @@ def doctor() -> None:
 
     Exits with 0 if everything is well and with 1 if anything is not.
     """
-    settings = _command_settings()
+    settings = command_settings()
     failed = False
     for name, check in _CHECKS.items():
         if failed:
@@ -211,6 +238,14 @@ def doctor() -> None:
             _show_row("FAIL", "red", name, _in_words(error))
     for warning in warnings(settings):
         _show_row("weak", "yellow", "settings", warning)
+    if not failed and (overdue := refusing(lambda: asyncio.run(_overdue(settings)))):
+        _show_row(
+            "weak",
+            "yellow",
+            "records",
+            f"{', '.join(overdue)}: older than PRIVYSEAL_AUDIT_RETENTION_MONTHS. Run "
+            "`privyseal audit archive --to DIR` as the owner.",
+        )
     sys.exit(failed)
 
 
@@ -219,7 +254,7 @@ def _show_row(mark: str, colour: str, name: str, found: str) -> None:
     click.echo(f"{click.style(f'{mark:<4}', fg=colour)}  {name:<11} {indented}")
 
 
-def _command_settings() -> Settings:
+def command_settings() -> Settings:
     """Return the settings of a command that ends; what goes wrong is its last word, not a log."""
     settings = _settings()
     configure_logging("error")
@@ -271,15 +306,16 @@ def _read_keks(settings: Settings) -> KeyEncryptionKeys:
 async def _preflight(settings: Settings) -> None:
     """Raise StartRefused for what would break a promise; Postgres away is no reason."""
     _read_keks(settings)
+    _check_checkpoint_dir(settings)
     try:
         await check_server(_dsn(settings))
         await _check_schema(settings)
         for uri, trouble in await _unusable_keys(settings):
             # An HSM that is away comes back, and until then the keys are published.
-            if uri != LOCAL:
-                log.warning("starting_without_hsm", error=trouble)
-                continue
-            raise StartRefused(trouble)
+            if uri == LOCAL or scheme_of(uri) not in map(scheme_of, settings.key_custody):
+                raise StartRefused(trouble)
+            log.warning("starting_without_hsm", error=trouble)
+        await _check_log_key(settings)
     except StoreUnavailable as error:
         log.warning("starting_without_postgres", error=str(error))
 
@@ -331,6 +367,57 @@ async def _check_schema(settings: Settings) -> str:
     return "that of this release"
 
 
+def _check_checkpoint_dir(settings: Settings) -> None:
+    """Raise StartRefused unless checkpoints can be kept, where no restore reaches them."""
+    if settings.checkpoint_dir is None and settings.database_url is not None:
+        raise StartRefused(
+            "Set PRIVYSEAL_CHECKPOINT_DIR to a directory that is restored with no backup of the "
+            "database: by what it holds, a database that was restored or cut is noticed."
+        )
+    path = settings.checkpoint_path
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise StartRefused(
+            f"Checkpoints cannot be kept in {path} (PRIVYSEAL_CHECKPOINT_DIR): {error.strerror}."
+        ) from None
+
+
+async def _check_log_key(settings: Settings) -> None:
+    """Open the key of the audit log: a wrong KEK must show now."""
+    from keys.log_key import open_log_key
+    from service.authority.audit.continuity import NO_LOG
+    from service.store.audit_tree import AuditTree, always
+
+    async with _connection(settings) as connection:
+        current = await AuditTree(always(connection)).current()
+    if current is None:
+        raise StartRefused(NO_LOG)
+    open_log_key(current.origin, current.sealed_private, _read_keks(settings))
+
+
+async def _check_audit_log(settings: Settings) -> str:
+    """Compare the audit log with its newest checkpoint outside, as a server does."""
+    from service.app import kek_reader
+    from service.authority.audit.continuity import Continuity
+    from service.store.audit_tree import AuditTree, always
+    from service.store.checkpoint_files import CheckpointFiles
+
+    _check_checkpoint_dir(settings)
+    await _check_log_key(settings)
+    continuity = Continuity(
+        outside=CheckpointFiles(settings.checkpoint_path),
+        read_keks=kek_reader(settings.kek_path),
+    )
+    async with _connection(settings) as connection:
+        await continuity.compare(AuditTree(always(connection)))
+    if continuity.broken is not None:
+        raise StartRefused(continuity.broken)
+    return f"extends the newest checkpoint in {settings.checkpoint_path}"
+
+
 async def _check_keys(settings: Settings) -> str:
     """Open every key: a wrong KEK must show now, not when the key has to sign."""
     _read_keks(settings)
@@ -350,7 +437,7 @@ async def _check_custody(settings: Settings) -> str:
         held = await custody(settings, kek_reader(settings.kek_path), executor).listed()
     async with Database(_dsn(settings), application_name="privyseal command") as database:
         known = await SigningKeys(database, clock_skew=settings.clock_skew).kept_elsewhere()
-    where = settings.key_custody.partition("?")[0]
+    where = ", ".join(uri.partition("?")[0] for uri in settings.key_custody)
     if unknown := sorted(frozenset(held) - known):
         return (
             f"{where}. It also holds keys that this database does not name: destroy them there, "
@@ -376,7 +463,10 @@ async def _unusable_keys(settings: Settings) -> list[tuple[str, str]]:
             try:
                 await kept.open(each.kept)
             except CustodyError as error:
-                trouble = f"The {each.key.state} signing key cannot be used: {error}."
+                trouble = (
+                    f"The {each.key.state} signing key cannot be used: {error}. If it is lost for "
+                    "good: privyseal keys recover"
+                )
                 unusable.append((each.kept.uri, trouble))
     return unusable
 
@@ -391,23 +481,125 @@ async def _check_clock(settings: Settings) -> str:
     return f"{offset:+.3f} s off that of Postgres"
 
 
+async def _check_forged(settings: Settings) -> str:
+    from service.authority.audit.forged import DAYS
+    from service.store.audit_events import AuditEvents
+    from service.store.database import Database
+
+    async with Database(_dsn(settings), application_name="privyseal command") as database:
+        count = await AuditEvents(database, clock_skew=settings.clock_skew).count_forged(DAYS)
+    if count:
+        raise StartRefused(
+            f"{count} forged tokens were reported in the last {DAYS} days: a signing key is in "
+            "other hands. See: privyseal audit list --action token.forged"
+        )
+    return f"no forged token was reported in the last {DAYS} days"
+
+
 _CHECKS: Final[dict[str, Callable[[Settings], Coroutine[Any, Any, str]]]] = {
     "settings": _check_settings,
     "postgres": _check_server,
     "clock": _check_clock,
     "schema": _check_schema,
     "keys": _check_keys,
+    "audit log": _check_audit_log,
     "custody": _check_custody,
+    "reports": _check_forged,
 }
 """In this order each relies on those before it."""
 
 
-async def _migrated(owner_dsn: Secret) -> list[str]:
+async def _overdue(settings: Settings) -> list[str]:
+    """Return the months that should be in an archive by now."""
+    from service.store.audit_archive import closed_months, months_with_records
+
+    if settings.audit_retention_months is None:
+        return []
+    async with _connection(settings) as connection:
+        months = await months_with_records(connection)
+    return closed_months(
+        months, datetime.fromtimestamp(time.time(), UTC), settings.audit_retention_months
+    )
+
+
+async def _migrated(settings: Settings, owner_dsn: Secret) -> tuple[list[str], str]:
+    """Return what was applied, and the verifier key of the audit log."""
     connection = await connect(owner_dsn, application_name="privyseal migrate", deadlines=MIGRATING)
     try:
-        return await migrate(connection)
+        names = await migrate(connection)
+        if (vkey := await newest_vkey(connection)) is None:
+            await open_log(connection, settings.log_origin, _read_keks(settings))
+            vkey = await newest_vkey(connection)
+            assert vkey is not None
+        return names, vkey
     finally:
         connection.terminate()
+
+
+def _owner_dsn(settings: Settings) -> Secret:
+    """Return how the owner of the schema enters the database."""
+    if settings.database_url is not None:
+        return settings.database_url
+    if (running := find_running(settings.data_dir)) is None:
+        _refuse(
+            f"Set PRIVYSEAL_DATABASE_URL: no embedded PostgreSQL runs under {settings.data_dir}. "
+            "`privyseal serve` starts that one, and migrates it."
+        )
+    return Secret(running.owner_dsn)
+
+
+async def _accepted(settings: Settings, owner_dsn: Secret, reason: str, yes: bool) -> None:
+    from service.app import custody, kek_reader, rotation_policy
+    from service.authority.restore import Restorer, difference
+    from service.store.audit_tree import AuditTree
+    from service.store.checkpoint_files import CheckpointFiles
+    from service.store.database import Database
+    from service.store.restored import RestoredDatabase
+
+    _check_checkpoint_dir(settings)
+    read_keks = kek_reader(settings.kek_path)
+    outside = CheckpointFiles(settings.checkpoint_path)
+    with ThreadPoolExecutor(1) as executor:
+        async with Database(
+            owner_dsn, application_name="privyseal restore", deadlines=MIGRATING
+        ) as database:
+            async with database.connection() as connection:
+                await require_schema(connection)
+            found = await difference(AuditTree(database.connection), outside, read_keks)
+            if found is None:
+                raise StartRefused("There is nothing to accept: the audit log is whole.")
+            store = RestoredDatabase(database, clock_skew=settings.clock_skew)
+            toll = await store.toll()
+            consequences = (
+                found.found,
+                f"To accept it revokes all {len(toll.published_kids)} published signing keys and "
+                "puts two new ones in, of which one signs at once.",
+                f"It holds all {toll.live_credentials} live credentials, those of operators too: "
+                "none gets a token until an operator confirms it.",
+                f"It opens the audit log {found.next_origin} with a key of its own. Its first "
+                "record is this act, with the newest checkpoint outside.",
+            )
+            if yes:
+                click.echo("\n".join(consequences), err=True)
+            else:
+                confirm(*consequences)
+            restorer = Restorer(
+                store=store,
+                custody=custody(settings, read_keks, executor),
+                keks=read_keks(),
+                policy=rotation_policy(settings),
+                key_bits=settings.key_bits,
+            )
+            verifier = await restorer.accept(found, reason)
+    click.echo(f"Verifier key of the audit log: {verifier.vkey}")
+    click.echo(
+        "Accepted, on record. Pin that key wherever checkpoints are read, and keep the one of "
+        "before: with it what is older is verified. Then make an operator "
+        "(`privyseal bootstrap --name ...`), look at what is held (`privyseal credentials list`), "
+        "and confirm what you know to be good (`privyseal credentials confirm`): what was revoked "
+        "after the backup is held like the rest.",
+        err=True,
+    )
 
 
 async def _bootstrapped(
@@ -431,9 +623,38 @@ async def _bootstrapped(
     return user.id, secret
 
 
+def recover(reason: str) -> None:
+    """Revoke every key and put two new ones in, without the API: `privyseal keys recover`."""
+    _run(_recovered(command_settings(), reason))
+
+
+async def _recovered(settings: Settings, reason: str) -> None:
+    from service.app import custody, kek_reader, rotation_policy
+    from service.authority.key_administration import recovery_record
+    from service.store.database import Database
+    from service.store.signing_keys import SigningKeys
+
+    with ThreadPoolExecutor(1) as executor:
+        kept = custody(settings, kek_reader(settings.kek_path), executor)
+        async with Database(_dsn(settings), application_name="privyseal recover") as database:
+            store = SigningKeys(database, clock_skew=settings.clock_skew)
+            kids = [each.key.kid for each in await store.published_keys()]
+            async with database.connection() as connection:
+                now = await connection.fetchval(
+                    "SELECT extract(epoch FROM clock_timestamp())::float8"
+                )
+            signing, following = [await kept.new_key(settings.key_bits) for _ in range(2)]
+            record = recovery_record(signing.kid, now, reason, kids)
+            policy = rotation_policy(settings)
+            if not await store.revoke_all(kids, signing, following, policy, record):
+                raise Conflict("A key changed meanwhile: run this again.")
+    click.echo(f"{len(kids)} keys are revoked. {signing.kid} signs.")
+
+
 async def _rewrapped(settings: Settings) -> None:
     from keys.signer import reseal
-    from service.authority.key_administration import rewrap_record
+    from service.authority.key_administration import rewrap_log_key, rewrap_record
+    from service.store.audit_tree import AuditTree
     from service.store.database import Database
     from service.store.signing_keys import SigningKeys
 
@@ -456,15 +677,17 @@ async def _rewrapped(settings: Settings) -> None:
                 state = "rewrapped" if done else "changed meanwhile"
                 changed = changed or not done
             click.echo(f"{number} of {len(sealed)}  {kid}  {state}")
+        if not await rewrap_log_key(AuditTree(database.connection), keks, now):
+            changed = True
     if changed:
         raise Conflict("A key changed meanwhile: run this again before the old key goes.")
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
-    return _refusing(lambda: asyncio.run(work))
+    return refusing(lambda: asyncio.run(work))
 
 
-def _refusing(act: Callable[[], T]) -> T:
+def refusing(act: Callable[[], T]) -> T:
     """Do it, or say in words why not and exit with 1."""
     try:
         return act()

@@ -14,6 +14,7 @@ import msgspec
 from litestar import Controller, HttpMethod, Request, Response, get, patch, post
 from litestar.di import NamedDependency
 from litestar.params import JSONBody, PathParameter, QueryParameter
+from litestar.typing import FieldDefinition
 from msgspec import Meta, Struct
 
 from keys.verifier.strict import JSON, json_object
@@ -24,6 +25,7 @@ from service.authority.administration import (
     ServiceUserChange,
 )
 from service.authority.audit import Action, AuditRecord, Outcome, new_record_id, personal
+from service.authority.confirmation import Confirmations
 from service.authority.errors import Unauthenticated
 from service.authority.issuer import TokenIssuer
 from service.authority.model import (
@@ -43,6 +45,7 @@ from service.authority.model import (
 from service.authority.operators import Operator, Operators
 from service.http.context import note, noted, origin_of
 from service.http.errors import NO_STORE, Refused, invalid_body
+from service.http.signing_keys import Reason
 
 AnyRequest = Request[Any, Any, Any]
 
@@ -81,7 +84,10 @@ class ServiceUserPage(Struct, frozen=True, kw_only=True):
 
 
 class CredentialBody(Struct, frozen=True, kw_only=True):
-    """A credential without its secret. `state` is live, expired or revoked."""
+    """A credential without its secret. `state` is live, held, expired or revoked.
+
+    A held one gets no token until an operator confirms it: the database was restored.
+    """
 
     id: str
     service_user_id: str
@@ -90,6 +96,7 @@ class CredentialBody(Struct, frozen=True, kw_only=True):
     created_at: datetime
     expires_at: datetime
     revoked_at: datetime | None
+    held_at: datetime | None
     last_used_at: datetime | None
 
 
@@ -296,6 +303,27 @@ class ServiceUserController(Controller):
         )
         return _credential(credential, RevokedCredential, clock(), live_tokens=live_tokens)
 
+    @post(
+        "/{service_user_id:str}/credentials/{credential_id:str}/confirm",
+        status_code=200,
+        opt={"action": Action.CREDENTIAL_CONFIRM},
+    )
+    async def confirm_credential(
+        self,
+        service_user_id: ServiceUserIdInPath,
+        credential_id: CredentialIdInPath,
+        data: JSONBody[Reason],
+        request: AnyRequest,
+        operator: NamedDependency[Operator],
+        confirmations: NamedDependency[Confirmations],
+        clock: NamedDependency[Clock],
+    ) -> CredentialBody:
+        """Confirm a credential that is held after a restore: from now on it gets tokens again."""
+        credential = await confirmations.confirm(
+            operator, service_user_id, credential_id, data.reason, origin_of(request.scope)
+        )
+        return _credential(credential, CredentialBody, clock())
+
     @post("/{service_user_id:str}/tokens", opt={"action": Action.TOKEN_MINT})
     async def mint(
         self,
@@ -355,7 +383,11 @@ async def operator_of(request: AnyRequest) -> Operator:
 async def check_form(request: AnyRequest) -> None:
     """Refuse what the framework would take: other content types, doubled JSON members, "900" for
     900, unknown or doubled query parameters, and control characters in any string."""
-    parameters = request.route_handler.parsed_fn_signature.parameters
+    handler = request.route_handler
+    parameters = dict(handler.parsed_fn_signature.parameters)
+    for dependency in handler.resolve_dependencies().values():
+        parameters.update(dependency.parsed_fn_signature.parameters)
+    parameters = {_sent_name(name, field): field for name, field in parameters.items()}
     known = {name for name, field in parameters.items() if field.has_default}
     names = [name for name, _ in request.query_params.multi_items()]
     if unknown := sorted(set(names) - known):
@@ -376,17 +408,35 @@ async def check_form(request: AnyRequest) -> None:
         raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Expected Content-Type: application/json.")
     try:
         async with asyncio.timeout(BODY_DEADLINE):
-            body = json_object(await request.body())
+            raw = await request.body()
     except TimeoutError:
         raise Refused(
             HTTPStatus.REQUEST_TIMEOUT, f"The body did not arrive within {BODY_DEADLINE:.0f} s."
         ) from None
+    form = parameters["data"].annotation
+    if len(raw) <= MAX_BODY:
+        _check_body(raw, form)
+    else:
+        # It takes longer than the event loop may stand still.
+        await asyncio.to_thread(_check_body, raw, form)
+
+
+def _sent_name(name: str, field: FieldDefinition) -> str:
+    """Return what a parameter is called in the query: `from` can be no name in Python."""
+    sent_as = field.kwarg_definition
+    return (isinstance(sent_as, QueryParameter) and sent_as.name) or name
+
+
+def _check_body(raw: bytes, form: Any) -> None:
+    try:
+        body = json_object(raw)
     except ValueError as error:
         raise Refused(HTTPStatus.BAD_REQUEST, f"The body is no JSON object: {error}.") from None
-    if any(_CONTROL.search(text) for text in _strings(body)):
+    # RFC 8259 §7: one below U+0020 can only be written as an escape.
+    if (b"\\" in raw or b"\x7f" in raw) and any(map(_CONTROL.search, _strings(body))):
         raise Refused(HTTPStatus.BAD_REQUEST, "Strings must not hold control characters.")
     try:
-        msgspec.convert(body, parameters["data"].annotation)
+        msgspec.convert(body, form)
     except msgspec.ValidationError as error:
         raise invalid_body(error) from None
 
@@ -468,5 +518,4 @@ def _changed(user: ServiceUser, live_tokens: LiveTokens | None) -> ChangedServic
 def _credential(credential: Credential, kind: type[Any], now: float, **members: Any) -> Any:
     fields = msgspec.structs.asdict(credential)
     del fields["secret_sha256"]
-    state = "revoked" if credential.revoked_at else "live" if credential.is_live(now) else "expired"
-    return kind(state=state, **fields, **members)
+    return kind(state=credential.state(now), **fields, **members)

@@ -10,20 +10,40 @@ from typing import Annotated
 from uuid import UUID
 
 from litestar import Controller, get
-from litestar.di import NamedDependency
+from litestar.di import NamedDependency, Provide
 from litestar.params import FromQuery, QueryParameter, SkipValidation
 from msgspec import Struct
 
 from service.authority.audit import Action, Outcome, RecordFilter, RecordReader, StoredRecord
-from service.authority.model import CREDENTIAL_ID, NAME, SERVICE_USER_ID, SOURCE_SYSTEM, AdminScope
+from service.authority.audit.export import Exports
+from service.authority.model import (
+    CREDENTIAL_ID,
+    KID,
+    NAME,
+    SERVICE_USER_ID,
+    SOURCE_SYSTEM,
+    AdminScope,
+)
 from service.authority.operators import Operator
+from service.http.context import origin_of
 from service.http.errors import AnyRequest, Refused
+from service.http.export import ExportStream, Format
 
 # An id or a name, which never look alike.
 ServiceUserQuery = Annotated[str | None, QueryParameter(pattern=f"{SERVICE_USER_ID}|{NAME}")]
 SourceSystemQuery = Annotated[str | None, QueryParameter(pattern=SOURCE_SYSTEM)]
 CredentialQuery = Annotated[str | None, QueryParameter(pattern=CREDENTIAL_ID)]
-RequestIdQuery = Annotated[str | None, QueryParameter(pattern="^[A-Za-z0-9._-]{1,64}$")]
+# One of ours, or what another service calls its own.
+ActionQuery = Annotated[str | None, QueryParameter(pattern=r"^[a-z_]{1,32}\.[a-z_]{1,32}$")]
+RequestIdQuery = Annotated[str | None, QueryParameter(min_length=1, max_length=128)]
+ReasonQuery = Annotated[str | None, QueryParameter(min_length=1, max_length=200)]
+KidQuery = Annotated[str | None, QueryParameter(pattern=KID)]
+AddressQuery = Annotated[str | None, QueryParameter(min_length=1, max_length=64)]
+DepartmentQuery = Annotated[str | None, QueryParameter(min_length=1, max_length=128)]
+ResourceQuery = Annotated[
+    str | None,
+    QueryParameter(min_length=1, max_length=300, description="The beginning of a resource."),
+]
 PageSize = Annotated[int, QueryParameter(ge=1, le=1000)]
 Cursor = Annotated[
     str | None,
@@ -49,47 +69,65 @@ class RecordPage(Struct, frozen=True, kw_only=True):
     next_cursor: str | None
 
 
+def record_filter(
+    request: AnyRequest,
+    service_user: ServiceUserQuery = None,
+    source_system: SourceSystemQuery = None,
+    credential: CredentialQuery = None,
+    actor: ServiceUserQuery = None,
+    actor_credential: CredentialQuery = None,
+    action: ActionQuery = None,
+    outcome: FromQuery[Outcome | None] = None,
+    reason: ReasonQuery = None,
+    request_id: RequestIdQuery = None,
+    jti: FromQuery[UUID | None] = None,
+    kid: KidQuery = None,
+    client_address: AddressQuery = None,
+    department: DepartmentQuery = None,
+    resource: ResourceQuery = None,
+    since: FromQuery[datetime | None] = None,
+    until: FromQuery[datetime | None] = None,
+) -> RecordFilter:
+    """Return what the query asks for: every filter that is given must hold."""
+    return RecordFilter(
+        service_user=service_user,
+        source_system=source_system,
+        credential_id=credential,
+        actor=actor,
+        actor_credential_id=actor_credential,
+        action=action,
+        outcome=outcome,
+        reason=reason,
+        request_id=request_id,
+        jti=jti,
+        kid=kid,
+        client_address=client_address,
+        department=department,
+        resource=resource,
+        since=_in_utc(request, "since", since),
+        until=_in_utc(request, "until", until),
+    )
+
+
 class AuditRecordController(Controller):
     """The audit log."""
 
     path = "/audit-records"
     tags = ("Audit",)
+    dependencies = {"wanted": Provide(record_filter, sync_to_thread=False)}  # noqa: RUF012
 
     @get("/", opt={"action": Action.AUDIT_QUERY})
     async def query(
         self,
-        request: AnyRequest,
         operator: NamedDependency[Operator],
         records: NamedDependency[SkipValidation[RecordReader]],
-        service_user: ServiceUserQuery = None,
-        source_system: SourceSystemQuery = None,
-        credential: CredentialQuery = None,
-        actor: ServiceUserQuery = None,
-        action: FromQuery[Action | None] = None,
-        outcome: FromQuery[Outcome | None] = None,
-        request_id: RequestIdQuery = None,
-        jti: FromQuery[UUID | None] = None,
-        since: FromQuery[datetime | None] = None,
-        until: FromQuery[datetime | None] = None,
+        wanted: NamedDependency[RecordFilter],
         order: FromQuery[Order] = Order.ASC,
         limit: PageSize = 100,
         cursor: Cursor = None,
     ) -> RecordPage:
         """Query the log; every filter that is given must hold. Times need their offset."""
         operator.require(AdminScope.AUDIT_READ)
-        since, until = _in_utc(request, "since", since), _in_utc(request, "until", until)
-        wanted = RecordFilter(
-            service_user=service_user,
-            source_system=source_system,
-            credential_id=credential,
-            actor=actor,
-            action=action,
-            outcome=outcome,
-            request_id=request_id,
-            jti=jti,
-            since=since,
-            until=until,
-        )
         try:
             found = await records.read(
                 wanted, cursor=cursor, newest_first=order is Order.DESC, limit=limit
@@ -101,6 +139,23 @@ class AuditRecordController(Controller):
             records=list(found),
             next_cursor=None if at_end else found[-1].cursor if found else cursor,
         )
+
+    @get("/export", opt={"action": Action.AUDIT_EXPORT}, media_type="application/x-ndjson")
+    async def export(
+        self,
+        request: AnyRequest,
+        operator: NamedDependency[Operator],
+        exports: NamedDependency[Exports],
+        wanted: NamedDependency[RecordFilter],
+        format: FromQuery[Format] = Format.NDJSON,
+    ) -> ExportStream:
+        """Stream every record that meets the filters, the oldest first; on record itself.
+
+        NDJSON has a record a line, as a query shows it. In CSV a text that a spreadsheet would take
+        for a formula begins with an apostrophe. An answer that breaks off is incomplete.
+        """
+        origin = origin_of(request.scope)
+        return ExportStream(exports.pages(operator, wanted, format, origin), format)
 
 
 def _in_utc(request: AnyRequest, name: str, at: datetime | None) -> datetime | None:

@@ -11,7 +11,8 @@ from litestar.params import JSONBody
 from msgspec import Meta, Struct
 
 from service.authority.audit import Action
-from service.authority.audit.events import Event, EventReports, EventResult
+from service.authority.audit.events import EventReports
+from service.authority.audit.reported import Event, EventResult
 from service.authority.operators import Operator
 from service.http.context import origin_of
 from service.http.errors import AnyRequest

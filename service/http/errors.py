@@ -28,6 +28,7 @@ from service.authority.errors import (
     PreconditionFailed,
     StoreUnavailable,
     TemporarilyUnavailable,
+    TooMany,
     Unauthenticated,
 )
 from service.http.context import note, origin_of
@@ -42,6 +43,7 @@ _STATUS: Final[Mapping[type[AdminRefusal], HTTPStatus]] = {
     NotFound: HTTPStatus.NOT_FOUND,
     Conflict: HTTPStatus.CONFLICT,
     PreconditionFailed: HTTPStatus.PRECONDITION_FAILED,
+    TooMany: HTTPStatus.TOO_MANY_REQUESTS,
 }
 
 log = structlog.stdlib.get_logger()

@@ -31,7 +31,7 @@ from litestar.openapi.spec.enums import OpenAPIType
 from litestar.routes import HTTPRoute
 
 from service.authority.model import AdminScope
-from service.http import token, well_known
+from service.http import audit_tree, token, well_known
 
 VERSION: Final = "0.1.0"
 
@@ -308,6 +308,13 @@ RAW_ROUTES: Final[dict[str, PathItem]] = {
         _ANY_OBJECT,
         "application/json",
         _NOT_MODIFIED,
+    ),
+    audit_tree.CHECKPOINT_PATH: _public(
+        "Checkpoint",
+        "The newest signed head of the audit log (C2SP tlog-checkpoint).",
+        _STRING,
+        "text/plain",
+        _NOT_MODIFIED | {"404": OpenAPIResponse(description="There is none yet.")},
     ),
     "/healthz": _public("Health", "Whether the process lives.", _ANY_OBJECT, "application/json"),
     "/readyz": _public(

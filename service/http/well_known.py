@@ -37,6 +37,8 @@ class Health(Struct, frozen=True, kw_only=True):
     signing_kid: str | None
     concerns: tuple[Concern, ...]
     """What a person has to look at; none of it takes the process out of rotation."""
+    audit_log: str | None
+    """Why nothing is issued: the audit log does not go on from what was signed. None if it does."""
 
 
 def metadata(issuer: str) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def jwks_endpoint(ring: Callable[[], KeyRing], max_age: int) -> ASGIRouteHandler
     @asgi(JWKS_PATH, copy_scope=False)
     async def jwks(scope: Scope, receive: Receive, send: Send) -> None:
         body = ring().jwks
-        await _public(scope, send, body, b"application/jwk-set+json", cache_control)
+        await send_public(scope, send, body, b"application/jwk-set+json", cache_control)
 
     return jwks
 
@@ -73,7 +75,7 @@ def metadata_endpoints(document: dict[str, Any], max_age: int) -> list[ASGIRoute
     def endpoint(path: str) -> ASGIRouteHandler:
         @asgi(path, copy_scope=False)
         async def server_metadata(scope: Scope, receive: Receive, send: Send) -> None:
-            await _public(scope, send, body, b"application/json", cache_control)
+            await send_public(scope, send, body, b"application/json", cache_control)
 
         return server_metadata
 
@@ -108,7 +110,7 @@ _NO_STORE: Final = (b"cache-control", b"no-store")
 _ALLOW: Final = (b"allow", b"GET, HEAD, OPTIONS")
 
 
-async def _public(
+async def send_public(
     scope: Scope, send: Send, body: bytes, content_type: bytes, cache_control: bytes
 ) -> None:
     """Send what any page on any site may read, with an ETag (RFC 9110 §8.8.3)."""
@@ -123,6 +125,11 @@ async def _public(
     else:
         headers.append((b"content-type", content_type))
         await _answer(scope, send, HTTPStatus.OK, body, headers)
+
+
+async def send_missing(scope: Scope, send: Send) -> None:
+    """Send that there is no such thing yet."""
+    await _answer(scope, send, HTTPStatus.NOT_FOUND, b"", [_NO_STORE])
 
 
 async def _answer(

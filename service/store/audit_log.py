@@ -3,7 +3,7 @@
 Changes no record and deletes none; the role that it connects as could not.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 from uuid import UUID
 
@@ -42,30 +42,45 @@ SELECT service_user_id, credential_id, signing_input_sha256
   FROM audit_records WHERE id = $1 AND action = 'token.issue' AND outcome = 'success'
 """
 
+# The page is found first: what else belongs to its records is looked up for those alone.
 _SELECT_RECORDS = """
-SELECT r.id, r.commit_order, r.recorded_at, r.action, r.outcome, r.reason, r.service_user_id,
-       r.service_user, r.source_system, r.version, r.credential_id, r.actor_id, r.actor,
-       r.actor_credential_id, r.kid, r.iat, r.exp, r.aud, r.scope, r.signing_input_sha256,
-       r.request_id, r.repeats, r.details,
-       p.client_address, p.user_agent, p.resource, p.department
-  FROM audit_records r LEFT JOIN audit_personal p ON p.id = r.id
- WHERE r.commit_order < audit_horizon_1()
+WITH page AS (
+    SELECT r.id, r.commit_order, r.recorded_at, r.occurred_at, r.action, r.outcome, r.reason,
+           r.service_user_id, r.service_user, r.source_system, r.version, r.credential_id,
+           r.actor_id, r.actor, r.actor_credential_id, r.jti, r.kid, r.iat, r.exp, r.aud, r.scope,
+           r.signing_input_sha256, r.request_id, r.repeats, r.details, r.personal_sha256
+      FROM {source}
+     WHERE r.commit_order < audit_horizon_1() {conditions}
+     ORDER BY r.commit_order {direction}, r.id {direction} LIMIT {limit}
+)
+SELECT page.*, l.leaf_index, p.salt, p.client_address, p.user_agent, p.resource, p.department
+  FROM page LEFT JOIN audit_leaves l ON l.id = page.id LEFT JOIN audit_personal p ON p.id = page.id
+ ORDER BY page.commit_order {direction}, page.id {direction}
 """
+_RECORDS: Final = "audit_records r"
+_WITH_PERSONAL: Final = "audit_records r JOIN audit_personal p ON p.id = r.id"
 
-# Field of RecordFilter -> its condition; `{}` is the parameter.
+_NAMED: Final = "coalesce((SELECT su.id FROM service_users su WHERE su.name = {0}), {0})"
+
+# Field of RecordFilter -> its condition; `{}` is the parameter. Each has its index (0008).
 _CONDITIONS: Final = {
-    "service_user": "r.service_user_id = "
-    "coalesce((SELECT su.id FROM service_users su WHERE su.name = {0}), {0})",
+    "service_user": f"r.service_user_id = {_NAMED}",
     "source_system": "r.source_system = {0}",
     "credential_id": "r.credential_id = {0}",
-    "actor": "(r.actor_id = {0} OR r.actor = {0})",
+    "actor": f"r.actor IS NOT NULL AND coalesce(r.actor_id, r.actor) = {_NAMED}",
+    "actor_credential_id": "r.actor_credential_id = {0}",
     "action": "r.action = {0}",
     "outcome": "r.outcome = {0}",
+    "reason": "r.reason = {0}",
     "request_id": "r.request_id = {0}",
-    "jti": "r.id = {0}",
-    # An id is drawn shortly before its record is committed: its month's partition is enough.
+    "jti": "(r.id = {0} OR r.jti = {0})",
+    "kid": "r.kid = {0}",
+    "client_address": "p.client_address = {0}",
+    "department": "p.department = {0}",
+    "resource": 'p.resource COLLATE "C" ^@ {0}',
+    # An id is drawn shortly before its record is committed, or up to 7 days if it was reported.
     "since": "r.recorded_at >= {0}"
-    " AND r.id >= uuidv7_floor_1(greatest({0} - interval '1 hour', to_timestamp(0)))",
+    " AND r.id >= uuidv7_floor_1(greatest({0} - interval '8 days', to_timestamp(0)))",
     "until": "r.recorded_at < {0}"
     " AND r.id < uuidv7_floor_1(greatest({0} + interval '1 hour', to_timestamp(0)))",
 }
@@ -81,8 +96,18 @@ log = structlog.stdlib.get_logger()
 class PostgresRecordWriter:
     """Implements `authority.audit.RecordWriter` on a connection of its own."""
 
-    def __init__(self, dsn: Secret, *, clock: DatabaseClock, clock_skew: int) -> None:
+    def __init__(
+        self,
+        dsn: Secret,
+        *,
+        clock: DatabaseClock,
+        clock_skew: int,
+        compare: Callable[[Connection], Awaitable[None]],
+    ) -> None:
+        """`compare` looks at a new connection before anything is written through it, because it may
+        lead to a database that was restored; it may raise StoreUnavailable."""
         self._dsn = dsn
+        self._compare = compare
         self._clock = clock
         self._clock_skew = clock_skew
         self._connection: asyncpg.Connection[asyncpg.Record] | None = None
@@ -100,6 +125,7 @@ class PostgresRecordWriter:
         )
         try:
             await self._learn_time(connection)
+            await self._compare(connection)
         except BaseException:
             connection.terminate()
             raise
@@ -195,15 +221,18 @@ class AuditRecords:
                 f"(r.commit_order, r.id) {'<' if newest_first else '>'} "
                 f"({parameter(commit_order, 'bigint')}, {parameter(record_id, 'uuid')})"
             )
-        direction = "DESC" if newest_first else "ASC"
-        query = (
-            _SELECT_RECORDS
-            + "".join(f"   AND {condition}\n" for condition in conditions)
-            + f" ORDER BY r.commit_order {direction}, r.id {direction}"
-            + f" LIMIT {parameter(limit, 'integer')}"
+        personal = any(condition.startswith("p.") for condition in conditions)
+        query = _SELECT_RECORDS.format(
+            source=_WITH_PERSONAL if personal else _RECORDS,
+            conditions="".join(f"AND {condition} " for condition in conditions),
+            direction="DESC" if newest_first else "ASC",
+            limit=parameter(limit, "integer"),
         )
         async with self._database.connection() as connection:
-            return [_stored_record(row) for row in await connection.fetch(query, *arguments)]
+            # Not from the cache of statements: after a few uses Postgres may take one plan for all
+            # values there, and those of a filter are as rare or as common as they come.
+            statement = await connection.prepare(query)
+            return [_stored_record(row) for row in await statement.fetch(*arguments)]
 
 
 def parse_cursor(cursor: str) -> tuple[int, UUID]:
@@ -216,10 +245,13 @@ def parse_cursor(cursor: str) -> tuple[int, UUID]:
 
 def _stored_record(row: asyncpg.Record) -> StoredRecord:
     fields = dict(row)
-    digest = fields.pop("signing_input_sha256")
+    digests = {name: fields.pop(name) for name in ("signing_input_sha256", "personal_sha256")}
+    digests["personal_salt"] = fields.pop("salt")
     return StoredRecord(
         cursor=f"{fields.pop('commit_order')}.{row['id']}",
+        # An issuance is found by its token's id, and says so.
+        jti=row["id"] if fields.pop("jti") is None and row["exp"] is not None else row["jti"],
         details=msgspec.json.decode(fields.pop("details")),
-        signing_input_sha256=None if digest is None else digest.hex(),
+        **{name: None if value is None else value.hex() for name, value in digests.items()},
         **fields,
     )

@@ -23,7 +23,14 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProx
 NOTIFY_DEADLINE = 2.0
 """Seconds within which a NOTIFY must reach a listener when the server starts."""
 
-AUDIT_TABLES = ("audit_records", "audit_personal")
+AUDIT_TABLES = (
+    "audit_records",
+    "audit_personal",
+    "audit_logs",
+    "audit_leaves",
+    "audit_nodes",
+    "audit_checkpoints",
+)
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 

@@ -4,7 +4,8 @@ Judges nothing: an act that was decided on an old version is refused by the data
 """
 
 from collections.abc import Sequence
-from typing import Any, Final
+from datetime import datetime
+from typing import Any, Final, cast
 
 import asyncpg
 import msgspec
@@ -12,6 +13,7 @@ import msgspec
 from service import metrics
 from service.authority.audit import AuditRecord
 from service.authority.errors import Conflict
+from service.authority.leaked import Held
 from service.authority.model import Credential, LiveTokens, ServiceUser, Status, Subject
 from service.store.database import Database, fetch_durable, sqlstate
 
@@ -20,7 +22,7 @@ _COLUMNS = """su.id, su.name, su.source_system, su.owner, su.contact, su.descrip
 
 SELECT_SUBJECT = f"""
 SELECT {_COLUMNS}, c.id AS credential_id, c.label, c.secret_sha256,
-       c.created_at AS credential_created_at, c.expires_at, c.revoked_at
+       c.created_at AS credential_created_at, c.expires_at, c.revoked_at, c.held_at
   FROM service_users su LEFT JOIN credentials c ON c.service_user_id = su.id
    -- What ended long ago is a wrong secret like any other: it must not fill the memory.
    AND coalesce(c.revoked_at, c.expires_at) > statement_timestamp() - interval '90 days'
@@ -38,12 +40,37 @@ SELECT {_COLUMNS} FROM service_users su
 
 SELECT_CREDENTIALS = """
 SELECT c.id, c.service_user_id, c.label, c.secret_sha256, c.created_at, c.expires_at, c.revoked_at,
-       (SELECT r.recorded_at FROM audit_records r
-         WHERE r.credential_id = c.id AND r.action = 'token.issue' AND r.outcome = 'success'
-         ORDER BY r.id DESC LIMIT 1) AS last_used_at
+       c.held_at,
+       coalesce((SELECT r.recorded_at FROM audit_records r
+                  WHERE r.credential_id = c.id AND r.action = 'token.issue'
+                    AND r.outcome = 'success'
+                  ORDER BY r.commit_order DESC, r.id DESC LIMIT 1),
+                c.archived_use_at) AS last_used_at
   FROM credentials c WHERE c.service_user_id = $1
  ORDER BY c.created_at DESC, c.id
 """
+
+SELECT_HELD = f"""
+SELECT {_COLUMNS}, c.id AS credential_id, c.label, c.secret_sha256,
+       c.created_at AS credential_created_at, c.expires_at, c.revoked_at, c.held_at,
+       coalesce((SELECT r.recorded_at FROM audit_records r
+                  WHERE r.credential_id = c.id AND r.action = 'token.issue'
+                    AND r.outcome = 'success'
+                  ORDER BY r.commit_order DESC, r.id DESC LIMIT 1),
+                c.archived_use_at) AS last_used_at
+  FROM credentials c JOIN service_users su ON su.id = c.service_user_id
+ WHERE c.secret_sha256 = ANY ($1)
+ ORDER BY su.name, c.created_at, c.id
+"""  # noqa: S608
+
+SELECT_HELD_AFTER_RESTORE = f"""
+SELECT {_COLUMNS}, c.id AS credential_id, c.label, c.secret_sha256,
+       c.created_at AS credential_created_at, c.expires_at, c.revoked_at, c.held_at
+  FROM credentials c JOIN service_users su ON su.id = c.service_user_id
+ WHERE c.held_at IS NOT NULL AND c.id > $1 AND ($3::text IS NULL OR su.id = $3)
+   AND c.revoked_at IS NULL AND c.expires_at > statement_timestamp()
+ ORDER BY c.id LIMIT $2
+"""  # noqa: S608
 
 SELECT_LIVE_TOKENS = """
 SELECT count(*) AS count, to_timestamp(max(exp)) AS last_ends_at FROM audit_records
@@ -55,13 +82,15 @@ CREATE_SERVICE_USER = "SELECT create_service_user_1($1, $2, $3)"
 CHANGE_SERVICE_USER = "SELECT change_service_user_1($1, $2, $3)"
 CREATE_CREDENTIAL = "SELECT create_credential_1($1, $2, $3)"
 REVOKE_CREDENTIAL = "SELECT revoke_credential_1($1, $2, $3)"
+CONFIRM_CREDENTIALS = "SELECT confirm_credentials_1($1, $2)"
 BOOTSTRAP = "SELECT bootstrap_1($1, $2, $3, $4, $5)"
 
 MAX_CACHED: Final = 10_000
 
 
 class ServiceUsers:
-    """Implements `authority.administration.ServiceUserStore`."""
+    """Implements `authority.administration.ServiceUserStore`, `authority.leaked.Holders` and
+    `authority.confirmation.HeldCredentials`."""
 
     def __init__(self, database: Database, *, clock_skew: int) -> None:
         self._database = database
@@ -92,6 +121,26 @@ class ServiceUsers:
             rows = await connection.fetch(SELECT_CREDENTIALS, service_user_id)
         return [Credential(**row) for row in rows]
 
+    async def held(self, secrets_sha256: Sequence[bytes]) -> Sequence[Held]:
+        """Return the credentials with these secrets, in whatever state, and whose they are."""
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(SELECT_HELD, secrets_sha256)
+        return [
+            Held(
+                service_user=service_user(row),
+                credential=_credential(row, last_used_at=row["last_used_at"]),
+            )
+            for row in rows
+        ]
+
+    async def held_after_restore(
+        self, after: str, limit: int, service_user_id: str | None
+    ) -> Sequence[Held]:
+        """Return the credentials that are held and have not ended, in the order of their ids."""
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(SELECT_HELD_AFTER_RESTORE, after, limit, service_user_id)
+        return [Held(service_user=service_user(row), credential=_credential(row)) for row in rows]
+
     async def live_tokens(
         self, service_user_id: str, credential_id: str | None = None
     ) -> LiveTokens:
@@ -116,6 +165,14 @@ class ServiceUsers:
     async def revoke_credential(self, credential_id: str, record: AuditRecord) -> bool:
         """Revoke a credential; raise Conflict for the last one that can administer."""
         return await self._act(REVOKE_CREDENTIAL, credential_id, record)
+
+    async def confirm(self, records: Sequence[AuditRecord]) -> Sequence[bool]:
+        """Confirm the credentials of these records; say of each whether it was."""
+        async with self._database.connection() as connection:
+            verdict = await fetch_durable(
+                connection, CONFIRM_CREDENTIALS, as_json(records), self._clock_skew
+            )
+        return cast("list[bool]", verdict)
 
     async def bootstrap(
         self,
@@ -197,19 +254,21 @@ def subject(rows: Sequence[asyncpg.Record]) -> Subject:
     user = service_user(rows[0])
     return Subject(
         service_user=user,
-        credentials=tuple(
-            Credential(
-                id=row["credential_id"],
-                service_user_id=user.id,
-                label=row["label"],
-                secret_sha256=row["secret_sha256"],
-                created_at=row["credential_created_at"],
-                expires_at=row["expires_at"],
-                revoked_at=row["revoked_at"],
-            )
-            for row in rows
-            if row["credential_id"] is not None
-        ),
+        credentials=tuple(_credential(row) for row in rows if row["credential_id"] is not None),
+    )
+
+
+def _credential(row: asyncpg.Record, *, last_used_at: datetime | None = None) -> Credential:
+    return Credential(
+        id=row["credential_id"],
+        service_user_id=row["id"],
+        label=row["label"],
+        secret_sha256=row["secret_sha256"],
+        created_at=row["credential_created_at"],
+        expires_at=row["expires_at"],
+        revoked_at=row["revoked_at"],
+        held_at=row["held_at"],
+        last_used_at=last_used_at,
     )
 
 

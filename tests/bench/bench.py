@@ -74,7 +74,7 @@ def main(quick: bool) -> None:
             workers: running.enter_context(live_authority(workers=workers)) for workers in WORKERS
         }
         credentials = {
-            workers: asyncio.run(_credential(authority))
+            workers: asyncio.run(new_credential(authority))
             for workers, authority in authorities.items()
         }
         postgres = asyncio.run(_postgres_version(authorities[1]))
@@ -111,7 +111,7 @@ def _measure(
             for (workers, connections), taken in samples.items():
                 progress.update(task, description=f"{workers} workers, {connections} connections")
                 before = _sign_rate(key, pace.sign)
-                load = _load(authorities[workers], credentials[workers], connections, pace)
+                load = exchange_load(authorities[workers], credentials[workers], connections, pace)
                 after = _sign_rate(key, pace.sign)
                 taken.append(Sample(load=load, sign_rate=(before + after) / 2))
                 progress.advance(task)
@@ -128,9 +128,10 @@ def _sign_rate(key: rsa.RSAPrivateKey, seconds: float) -> float:
     return signatures / elapsed
 
 
-def _load(
+def exchange_load(
     authority: LiveAuthority, credential: IssuedCredential, connections: int, pace: Pace
 ) -> Load:
+    """Return what so many clients got, in a process of their own."""
     done = subprocess.run(
         [
             sys.executable,
@@ -150,7 +151,8 @@ def _load(
     return msgspec.json.decode(done.stdout, type=Load)
 
 
-async def _credential(authority: LiveAuthority) -> IssuedCredential:
+async def new_credential(authority: LiveAuthority) -> IssuedCredential:
+    """Return a credential of a fresh service user."""
     admin = await AdminAPI.enter(authority)
     service_user_id = await admin.create_service_user("bench", ["ingest:write", "search:read"])
     credential = await admin.create_credential(service_user_id)

@@ -30,7 +30,7 @@ class AdminAPI:
     @classmethod
     async def enter(cls, authority: LiveAuthority) -> "AdminAPI":
         """Exchange the credential of the first operator."""
-        client = httpx.AsyncClient(base_url=authority.issuer, timeout=15)
+        client = httpx.AsyncClient(base_url=authority.url, timeout=15)
         answer = await client.post(
             "/oauth/token",
             data={"grant_type": "client_credentials", "resource": f"{authority.issuer}/api/v1"},
@@ -43,9 +43,9 @@ class AdminAPI:
     async def leave(self) -> None:
         await self._client.aclose()
 
-    async def create_service_user(self, name: str, scopes: Sequence[str]) -> str:
+    async def create_service_user(self, name: str, scopes: Sequence[str], **further: Any) -> str:
         """Return its id."""
-        new = {"name": name, "source_system": "vkyc", "scopes": scopes}
+        new = {"name": name, "source_system": "vkyc", "scopes": scopes, **further}
         made = await self._done("POST", "/service-users", json=new)
         return made["id"]
 
@@ -76,6 +76,15 @@ class AdminAPI:
             json={"scopes": scopes},
             headers={"If-Match": f'"{version}"'},
         )
+
+    async def signing_keys(self) -> list[dict[str, Any]]:
+        """Return the published keys, in the order of their publication."""
+        return (await self._done("GET", "/signing-keys"))["signing_keys"]
+
+    async def revoke_signing_key(self, kid: str) -> dict[str, Any]:
+        """Return what the authority says that this means."""
+        reason = {"reason": "rehearsal of a leak"}
+        return await self._done("POST", f"/signing-keys/{kid}/revoke", json=reason)
 
     async def _done(self, method: str, path: str, **request: Any) -> dict[str, Any]:
         answer = await self._client.request(method, f"/api/v1{path}", **request)

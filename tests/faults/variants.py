@@ -1,4 +1,5 @@
-"""Authorities with one mechanism switched off: what the fault tests must be able to notice.
+"""Authorities with one mechanism switched off, and such as only hurry or die at a named place: what
+the fault tests need, and what they must be able to notice.
 
 Application factories for `serve_variant.py`; nothing here is for any other use.
 """
@@ -11,11 +12,17 @@ from unittest.mock import patch
 import msgspec
 from litestar.types import ASGIApp
 
-from keys.keyring import KeyRing
+from keys.keyring import KeyRing, RotationPolicy
+from keys.signer import KeptKey, LocalCustody
 from service import app
 from service.authority.audit import AuditRecord
+from service.authority.clock import DatabaseClock
 from service.authority.errors import AuditUnavailable
 from service.authority.model import Subject
+from service.settings import Settings
+from service.store.signing_keys import SigningKeys
+from tests.faults.failpoints import Failpoint, reach
+from tests.faults.pace import pace_of_this_process
 
 COMMIT_DELAY = 0.05
 CACHE_LIFETIME = 5.0
@@ -39,6 +46,40 @@ def trusting_its_cache() -> ASGIApp:
 def keeping_its_first_ring() -> ASGIApp:
     """A rotation's retry off: whoever decided with a key that is active no more never learns."""
     return _created(_KeepingItsFirstRing)
+
+
+def hurrying() -> ASGIApp:
+    """Nothing off: the product, at the pace that the environment gives."""
+    _hurry()
+    return app.create_app()
+
+
+def dying() -> ASGIApp:
+    """Nothing off, in a hurry: it kills itself at the failpoint that is armed."""
+    _hurry()
+    with (
+        patch.object(app, "SigningKeys", _DyingSigningKeys),
+        patch.object(app, "LocalCustody", _DyingCustody),
+    ):
+        return app.create_app()
+
+
+def trusting_its_clock() -> ASGIApp:
+    """The correction of the clock off, in a hurry: each process lives in its own time."""
+    _hurry()
+    with patch.object(app, "DatabaseClock", _UncorrectedClock):
+        return app.create_app()
+
+
+def _hurry() -> None:
+    pace = pace_of_this_process()
+
+    def policy(_: Settings) -> RotationPolicy:
+        return pace.policy
+
+    # For as long as this process lives: it reads the poll when it has started, too.
+    patch.object(app, "rotation_policy", policy).start()
+    patch.object(app, "RING_POLL", pace.ring_poll).start()
 
 
 def _created(variant: type[app.Authority]) -> ASGIApp:
@@ -106,3 +147,36 @@ class _KeepingItsFirstRing(_Deaf):
             return ring if ring.active and ring.pending else await fresh()
 
         self.keys.fresh = fresh_until_it_signs
+
+
+class _DyingCustody(LocalCustody):
+    async def new_key(self, bits: int) -> KeptKey:
+        reach(Failpoint.ELECTED)
+        return await super().new_key(bits)
+
+
+class _DyingSigningKeys(SigningKeys):
+    async def prepare(self, key: KeptKey, record: AuditRecord) -> bool:
+        reach(Failpoint.BEFORE_PREPARE)
+        taken = await super().prepare(key, record)
+        reach(Failpoint.AFTER_PREPARE)
+        return taken
+
+    async def activate(
+        self, kid: str, active_kid: str | None, policy: RotationPolicy, record: AuditRecord
+    ) -> bool:
+        reach(Failpoint.BEFORE_ACTIVATE)
+        taken = await super().activate(kid, active_kid, policy, record)
+        reach(Failpoint.AFTER_ACTIVATE)
+        return taken
+
+    async def retire(self, kid: str, record: AuditRecord) -> bool:
+        reach(Failpoint.BEFORE_RETIRE)
+        taken = await super().retire(kid, record)
+        reach(Failpoint.AFTER_RETIRE)
+        return taken
+
+
+class _UncorrectedClock(DatabaseClock):
+    def observe(self, database_time: float, *, sent: float, received: float) -> None:
+        """Learn nothing."""

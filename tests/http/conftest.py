@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import asyncpg
@@ -34,6 +35,7 @@ from service.store.database import Database
 from service.store.embedded import Running
 from service.store.service_users import ServiceUsers
 from service.store.signing_keys import SigningKeys
+from tests.conftest import open_audit_log
 
 Credential: TypeAlias = tuple[str, str]
 """client_id and client_secret, as httpx takes them for HTTP Basic."""
@@ -44,10 +46,10 @@ VISIBLE_WITHIN = 8.0
 """Seconds: a record is shown once no older transaction of the whole server is under way."""
 
 
-@pytest.fixture(scope="session")
-def settings() -> Settings:
-    """The defaults: issuer http://127.0.0.1:8080."""
-    return Settings()
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """The defaults, issuer http://127.0.0.1:8080, with checkpoints of this test alone."""
+    return Settings(checkpoint_dir=tmp_path / "checkpoints")
 
 
 @pytest.fixture(scope="session")
@@ -187,13 +189,17 @@ def records(operator: httpx.AsyncClient) -> Callable[..., Awaitable[Records]]:
 
 @pytest.fixture(scope="module")
 def live_server(
-    module_database: Running, keks: KeyEncryptionKeys, rsa_keys: list[RSAPrivateKey]
+    module_database: Running,
+    keks: KeyEncryptionKeys,
+    rsa_keys: list[RSAPrivateKey],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Generator[tuple[str, Credential], None, None]:
     """An authority behind uvicorn, on a loopback port and in a thread, for the tests of a module:
     its URL and its operator."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        settings = Settings(issuer=url)
+        checkpoints = tmp_path_factory.mktemp("checkpoints")
+        settings = Settings(issuer=url, checkpoint_dir=checkpoints)
         operator = asyncio.run(_set_up(module_database, settings, keks, rsa_keys))
 
         def create_app() -> ASGIApp:
@@ -227,6 +233,7 @@ def sql(database: Running) -> Callable[..., Awaitable[list[asyncpg.Record]]]:
 async def _set_up(
     database: Running, settings: Settings, keks: KeyEncryptionKeys, rsa_keys: list[RSAPrivateKey]
 ) -> Credential:
+    await open_audit_log(database, settings.log_origin, keks)
     async with Database(database.service_dsn, application_name="test set-up") as store:
         signing_keys = SigningKeys(store, clock_skew=settings.clock_skew)
         active, pending = rsa_keys[:2]

@@ -413,6 +413,7 @@ async def test_a_credential_is_shown_with_its_secret_once(
         "created_at": made["created_at"],
         "expires_at": made["expires_at"],
         "revoked_at": None,
+        "held_at": None,
         "last_used_at": None,
         "client_id": vkyc[0],
         "client_secret": made["client_secret"],

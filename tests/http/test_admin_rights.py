@@ -60,9 +60,17 @@ ADMIN = {
     ("POST", f"{_ONE}/credentials/{{credential_id:str}}/revoke"): Door(
         WRITE, 200, "credential.revoke"
     ),
+    ("POST", f"{_ONE}/credentials/{{credential_id:str}}/confirm"): Door(
+        WRITE, 200, "credential.confirm", {"reason": "a test"}
+    ),
+    ("POST", "/credentials/confirm"): Door(WRITE, 200, "credential.confirm", {"reason": "a test"}),
     ("POST", f"{_ONE}/tokens"): Door(AdminScope.TOKENS_MINT, 201, "token.mint", {}),
     ("GET", "/signing-keys"): Door(AdminScope.SIGNING_KEYS_READ, 200, "signing_key.list"),
+    ("POST", "/credentials/leaked"): Door(
+        WRITE, 200, "credential.leaked", {"secrets_sha256": ["A" * 43]}
+    ),
     ("GET", "/audit-records"): Door(AdminScope.AUDIT_READ, 200, "audit.query"),
+    ("GET", "/audit-records/export"): Door(AdminScope.AUDIT_READ, 200, "audit.export"),
     ("POST", "/audit-events"): Door(
         AdminScope.AUDIT_REPORT,
         200,

@@ -416,3 +416,22 @@ def test_a_client_command_loads_nothing_of_the_server(
 def test_help_loads_no_http_client_and_no_tables(arguments: Sequence[str]) -> None:
     loaded = loaded_by(*arguments, url="http://127.0.0.1:1")
     assert not loaded & {*SERVER_PARTS, "httpx", "rich", "asyncio", "msgspec"}
+
+
+def test_that_a_key_leaked_is_told_once_and_not_where_programs_read(stand_in: StandIn) -> None:
+    alarm = {"Privyseal-Alert": "token.forged 2"}
+    full = (200, {"service_users": [{"name": "a"}] * 200, "next_cursor": "a"}, alarm)
+    last = (200, {"service_users": [{"name": "b"}], "next_cursor": None}, alarm)
+    stand_in.api_answers = [full, last]
+    done = privyseal("service-users", "list", "--json", url=stand_in.url)
+    assert done.exit_code == 0, done.output
+    assert len(json.loads(done.stdout)) == 201
+    assert done.stderr.count("ALERT: 2 forged tokens were reported in the last 7 days") == 1
+
+
+def test_an_alert_that_is_none_of_ours_is_not_shown(stand_in: StandIn) -> None:
+    strange = {"Privyseal-Alert": "token.forged 1\x1b[2J"}
+    stand_in.api_answers = [(200, {"service_users": [], "next_cursor": None}, strange)]
+    done = privyseal("service-users", "list", url=stand_in.url)
+    assert done.exit_code == 0, done.output
+    assert "ALERT" not in done.output

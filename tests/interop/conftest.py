@@ -153,24 +153,14 @@ def vkyc(new_integrator: Callable[..., Integrator]) -> Integrator:
 @pytest.fixture(scope="session")
 def ingest(authority: Authority) -> Generator[IngestService, None, None]:
     """The example ingest service, which trusts the authority."""
-    port = _free_port()
-    audience = "http://127.0.0.1:8081"  # the default of a fresh installation, whatever the port
-    with _data_dir("ingest") as data_dir:
-        environ = {
-            **{name: value for name, value in os.environ.items() if "PRIVYSEAL_" not in name},
-            "INGEST_ISSUER": authority.issuer,
-            "INGEST_AUDIENCE": audience,
-            "INGEST_DATA_DIR": str(data_dir / "documents"),
-        }
-        example = str(REPOSITORY / "deploy" / "examples" / "ingest")
-        uvicorn = (sys.executable, "-m", "uvicorn", "--app-dir", example, "--port", str(port))
-        url = f"http://127.0.0.1:{port}"
-        with _process(
-            (*uvicorn, "app:app"), environ, f"{url}/healthz", data_dir / "uvicorn.log"
-        ) as pid:
-            yield IngestService(
-                url=url, pid=pid, audience=audience, data_dir=data_dir / "documents"
-            )
+    with _ingest(authority) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def start_ingest() -> Callable[..., AbstractContextManager[IngestService]]:
+    """`start_ingest(authority, INGEST_…=…)` runs one of your own, which may report."""
+    return _ingest
 
 
 @pytest.fixture(scope="session")
@@ -223,6 +213,30 @@ def _authority(**settings: str) -> Generator[Authority, None, None]:
             )
             assert bootstrap.returncode == 0, bootstrap.stderr
             yield Authority(issuer=issuer, pid=pid, environ=environ, **json.loads(bootstrap.stdout))
+
+
+@contextmanager
+def _ingest(authority: Authority, **settings: str) -> Generator[IngestService, None, None]:
+    """Run the example service until the block ends."""
+    port = _free_port()
+    audience = "http://127.0.0.1:8081"  # the default of a fresh installation, whatever the port
+    with _data_dir("ingest") as data_dir:
+        environ = {
+            **{name: value for name, value in os.environ.items() if "PRIVYSEAL_" not in name},
+            "INGEST_ISSUER": authority.issuer,
+            "INGEST_AUDIENCE": audience,
+            "INGEST_DATA_DIR": str(data_dir / "documents"),
+            **settings,
+        }
+        example = str(REPOSITORY / "deploy" / "examples" / "ingest")
+        uvicorn = (sys.executable, "-m", "uvicorn", "--app-dir", example, "--port", str(port))
+        url = f"http://127.0.0.1:{port}"
+        with _process(
+            (*uvicorn, "app:app"), environ, f"{url}/healthz", data_dir / "uvicorn.log"
+        ) as pid:
+            yield IngestService(
+                url=url, pid=pid, audience=audience, data_dir=data_dir / "documents"
+            )
 
 
 def _free_port() -> int:

@@ -456,7 +456,8 @@ def test_doctor_says_once_what_is_wrong_and_skips_what_relies_on_it(authority: A
     assert done.returncode == 1
     assert done.stderr == ""
     marks = [line.split()[0] for line in done.stdout.splitlines()]
-    assert marks == ["ok", "FAIL", "skip", "skip", "skip"]
+    assert marks[:2] == ["ok", "FAIL"]
+    assert set(marks[2:]) == {"skip"}
     assert "No answer at 127.0.0.1:1 (ConnectionRefusedError)" in done.stdout
     assert "S3cr3t" not in done.stdout
 

@@ -69,7 +69,9 @@ def test_what_make_run_prints_can_be_pasted_and_a_second_run_keeps_the_operator(
     with _make_run(ports, tmp_path / "first") as shown:
         assert f"POST http://127.0.0.1:{ports[0]}/oauth/token → 200 OK" in shown
         assert f"POST http://127.0.0.1:{ports[1]}/api/v1/ingest → 201 Created" in shown
-        assert operator.stat().st_mode & 0o777 == 0o600
+        assert re.search(r"action +token\.issue\n(.*\n)*.* action +document\.ingest", shown)
+        for kept in (operator, operator.with_name("ingest.json")):
+            assert kept.stat().st_mode & 0o777 == 0o600
         uploaded = json.loads(_paste(shown, "TOKEN=", "Be the operator"))
         assert (uploaded["service_user"], uploaded["source_system"]) == ("vkyc-prod", "vkyc")
         listed = _paste(shown, "export ", "  API")

@@ -1,6 +1,8 @@
-"""Reported events are on record once each, and tell which verifiers hold which keys."""
+"""Reported events are on record once each, and tell which verifiers hold which keys and which
+tokens were never issued."""
 
 import asyncio
+import hashlib
 import json
 import random
 import time
@@ -12,14 +14,31 @@ from uuid import UUID
 import asyncpg
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.hazmat.primitives.hashes import SHA256
 
-from service.authority.audit import Action, AuditRecord, Outcome, new_record_id
+from keys.keyring import RotationPolicy
+from keys.signer import KeptKey
+from keys.verifier.strict import base64url_encode
+from service.authority.audit import Action, AuditLog, AuditRecord, Outcome, new_record_id
+from service.authority.audit.attribution import Finding, Standing, find
+from service.authority.audit.claims import MAX_CLAIMS, Claims
 from service.authority.audit.events import Verdict
+from service.authority.audit.reported import ApiCall
 from service.authority.evidence import VerifierInstance
 from service.authority.model import Subject
-from service.store.audit_events import MAX_INSTANCES, SELECT_INSTANCES, AuditEvents
+from service.store.audit_events import (
+    COUNT_FORGED,
+    MAX_INSTANCES,
+    SELECT_INSTANCES,
+    SELECT_ISSUED,
+    SELECT_ISSUED_DIGESTS,
+    AuditEvents,
+)
 from service.store.database import Database
 from service.store.service_users import ServiceUsers, as_json
+from service.store.signing_keys import SigningKeys
 
 pytestmark = pytest.mark.anyio
 
@@ -388,6 +407,289 @@ async def test_partitions_that_are_made_later_have_the_index_too(
         "      AND up.inhparent = 'audit_records_jwks_loaded'::regclass)"
     )
     assert without == []
+
+
+# Calls, and the tokens that they were made with
+
+
+Reported = Callable[..., ApiCall]
+
+
+@pytest.fixture
+def reported(rsa_keys: list[RSAPrivateKey], new_keys: list[KeptKey]) -> Reported:
+    """Make the report of a call with a token of that `jti` and signing input; `signed_by` is the
+    place of the key in `new_keys` whose signature goes along."""
+
+    def made(
+        jti: UUID, signing_input: bytes, *, signed_by: int | None = None, **members: Any
+    ) -> ApiCall:
+        defaults: dict[str, Any] = {
+            "id": str(new_record_id(time.time())),
+            "occurred_at": datetime.now(UTC),
+            "jti": jti,
+            "kid": new_keys[signed_by or 0].kid,
+            "signing_input_sha256": base64url_encode(hashlib.sha256(signing_input).digest()),
+            "action": "document.ingest",
+            "resource": "documents/1",
+            "outcome": Outcome.SUCCESS,
+            "request_id": "request-1",
+        }
+        if signed_by is not None:
+            signature = rsa_keys[signed_by].sign(signing_input, PKCS1v15(), SHA256())
+            defaults["signature"] = base64url_encode(signature)
+        return ApiCall(**{**defaults, **members})
+
+    return made
+
+
+@pytest.fixture
+async def token(issuance: Callable[..., AuditRecord], connect_as: ConnectAs) -> AuditRecord:
+    """The record of a token whose signing input is `token`."""
+    service = await connect_as("service")
+    record = issuance(signing_input_sha256=hashlib.sha256(b"token").digest())
+    assert await service.fetchval(COMMIT, as_json([record])) == [True]
+    return record
+
+
+def judged(findings: Sequence[Finding]) -> list[tuple[Standing, str | None]]:
+    return [(finding.standing, finding.reason) for finding in findings]
+
+
+async def test_a_call_is_attributed_to_whom_its_token_was_issued_by_hand_or_not(
+    events: AuditEvents,
+    token: AuditRecord,
+    issuance: Callable[..., AuditRecord],
+    connect_as: ConnectAs,
+    reported: Reported,
+) -> None:
+    service = await connect_as("service")
+    minted = issuance(
+        action=Action.TOKEN_MINT,
+        credential_id=None,
+        signing_input_sha256=hashlib.sha256(b"minted").digest(),
+    )
+    assert await service.fetchval(COMMIT, as_json([minted])) == [True]
+    findings = await find([reported(token.id, b"token"), reported(minted.id, b"minted")], events)
+    assert judged(findings) == [(Standing.ISSUED, None)] * 2
+    for finding, record in zip(findings, (token, minted), strict=True):
+        assert finding.issued is not None
+        assert finding.issued.service_user_id == record.service_user_id
+        assert finding.issued.service_user == "vkyc-prod"
+        assert finding.issued.source_system == "vkyc"
+        assert finding.issued.credential_id == record.credential_id
+
+
+async def test_neither_a_refusal_nor_a_reported_call_counts_as_an_issuance(
+    events: AuditEvents,
+    token: AuditRecord,
+    ingest: Subject,
+    loaded: Loaded,
+    issuance: Callable[..., AuditRecord],
+    connect_as: ConnectAs,
+    reported: Reported,
+) -> None:
+    digest = hashlib.sha256(b"made up").digest()
+    refused = issuance(outcome=Outcome.REFUSED, iat=None, signing_input_sha256=digest)
+    service = await connect_as("service")
+    assert await service.fetchval(COMMIT, as_json([refused])) == [True]
+    call = loaded(ingest, action="document.ingest", jti=token.id, signing_input_sha256=digest)
+    assert await events.report([call]) == [RECORDED]
+    assert await events.issued([refused.id, call.id]) == {}
+    assert await events.issued_digests([digest]) == frozenset()
+    made_up = reported(refused.id, b"made up", signed_by=0)
+    assert judged(await find([made_up], events)) == [(Standing.FORGED, "never_issued")]
+
+
+async def test_a_token_that_is_not_the_one_on_record_is_judged_by_its_signature(
+    events: AuditEvents, token: AuditRecord, reported: Reported
+) -> None:
+    nobody = new_record_id(time.time())
+    calls = [
+        reported(token.id, b"token, more scope"),
+        reported(nobody, b"invented"),
+        reported(token.id, b"token, more scope", signed_by=0),
+        reported(nobody, b"invented", signed_by=0),
+        reported(nobody, b"invented", signed_by=2),
+        reported(nobody, b"invented", signature="A" * 342),
+        reported(nobody, b"invented", signature="B"),
+        reported(token.id, b"token", signed_by=0),
+    ]
+    assert judged(await find(calls, events)) == [
+        (Standing.SIGNATURE_WANTED, None),
+        (Standing.SIGNATURE_WANTED, None),
+        (Standing.FORGED, "differs_from_its_record"),
+        (Standing.FORGED, "never_issued"),
+        (Standing.UNKNOWN, "not_signed_here"),
+        (Standing.UNKNOWN, "not_signed_here"),
+        (Standing.UNKNOWN, "not_signed_here"),
+        (Standing.ISSUED, None),
+    ]
+
+
+async def test_a_real_token_under_another_jti_accuses_no_key(
+    events: AuditEvents, token: AuditRecord, reported: Reported
+) -> None:
+    lie = reported(new_record_id(time.time()), b"token", signed_by=0)
+    assert judged(await find([lie], events)) == [(Standing.UNKNOWN, "digest_of_another_token")]
+
+
+async def test_a_signature_proves_whatever_became_of_its_key(
+    events: AuditEvents,
+    reported: Reported,
+    signing_keys: SigningKeys,
+    new_keys: list[KeptKey],
+    policy: RotationPolicy,
+    active_kid: str,
+    act: MakeAct,
+    superuser: Connection,
+) -> None:
+    assert await signing_keys.prepare(new_keys[1], act(Action.SIGNING_KEY_PREPARE))
+    forged = [reported(new_record_id(time.time()), b"forged", signed_by=place) for place in (0, 1)]
+    for state in ("active", "retired", "revoked"):
+        await superuser.execute(
+            "UPDATE signing_keys SET state = $2, sealed_private = NULL WHERE kid = $1",
+            active_kid,
+            state,
+        )
+        # The pending key signed nothing yet, so that whatever it signed was forged.
+        assert judged(await find(forged, events)) == [(Standing.FORGED, "never_issued")] * 2
+
+
+async def test_where_the_record_may_have_been_archived_nothing_is_proven(
+    events: AuditEvents,
+    token: AuditRecord,
+    reported: Reported,
+    active_kid: str,
+    superuser: Connection,
+) -> None:
+    this_month = datetime.now(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    last_month = (this_month - timedelta(days=1)).replace(day=1)
+    assert await events.kept_since() == last_month.timestamp()
+    forged = reported(new_record_id(time.time()), b"forged", signed_by=0)
+    await superuser.execute(
+        "UPDATE signing_keys SET activated_at = $2 WHERE kid = $1",
+        active_kid,
+        this_month - timedelta(hours=1),
+    )
+    assert judged(await find([forged], events)) == [(Standing.FORGED, "never_issued")]
+
+    # That an older month is still here proves nothing.
+    year_before = last_month.replace(year=last_month.year - 1)
+    first, end = [
+        await superuser.fetchval("SELECT uuidv7_floor_1($1)::text", at)
+        for at in (year_before, year_before + timedelta(days=20))
+    ]
+    await superuser.execute(
+        f"CREATE TABLE audit_records_{year_before:%Y_%m} PARTITION OF audit_records"
+        f" FOR VALUES FROM ('{first}') TO ('{end}')"
+    )
+    assert await events.kept_since() == last_month.timestamp()
+    month = last_month.strftime("%Y_%m")
+    await superuser.execute(f"DROP TABLE audit_records_{month}, audit_personal_{month}")
+    assert await events.kept_since() == this_month.timestamp()
+    assert judged(await find([forged], events)) == [(Standing.UNVERIFIABLE, "records_archived")]
+    # What is kept still tells one token from another, and an honest report is what it was.
+    lie = reported(new_record_id(time.time()), b"token", signed_by=0)
+    assert judged(await find([lie, reported(token.id, b"token")], events)) == [
+        (Standing.UNKNOWN, "digest_of_another_token"),
+        (Standing.ISSUED, None),
+    ]
+
+
+async def test_a_call_keeps_its_token_and_when_it_happened(
+    events: AuditEvents, token: AuditRecord, ingest: Subject, loaded: Loaded, superuser: Connection
+) -> None:
+    at = datetime(2026, 11, 24, 19, 0, 0, 123456, tzinfo=UTC)
+    call = loaded(
+        ingest,
+        action="document.ingest",
+        outcome=Outcome.FAILED,
+        jti=token.id,
+        occurred_at=at,
+        service_user_id=token.service_user_id,
+        credential_id=token.credential_id,
+    )
+    assert await events.report([call]) == [RECORDED]
+    row = await superuser.fetchrow(
+        "SELECT jti, occurred_at, outcome, version, exp FROM audit_records WHERE id = $1", call.id
+    )
+    assert row is not None
+    assert tuple(row) == (token.id, at, "failed", None, None)
+
+
+async def test_claims_beyond_the_limit_share_a_record_that_counts_them(
+    log: AuditLog, ingest: Subject, search: Subject, loaded: Loaded, superuser: Connection
+) -> None:
+    claims = Claims(audit=log, clock=time.time, window=0.5)
+    made = [
+        loaded(reporter, action=Action.TOKEN_UNKNOWN, jti=new_record_id(0), kid=KID)
+        for reporter, count in ((ingest, MAX_CLAIMS + 25), (search, 1))
+        for _ in range(count)
+    ]
+    rooms = [claims.has_room(claim) for claim in made]
+    assert rooms == [True] * MAX_CLAIMS + [False] * 25 + [True]
+    query = (
+        "SELECT actor, repeats, jti, kid FROM audit_records WHERE action = 'token.unknown'"
+        " ORDER BY recorded_at"
+    )
+    async with asyncio.timeout(5):
+        while not (rows := await superuser.fetch(query)):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert [tuple(row) for row in rows] == [("ingest", 25, None, None)]
+
+    # The next minute has room again; and an orderly stop leaves nothing uncounted.
+    assert [claims.has_room(claim) for claim in made[: MAX_CLAIMS + 2]] == [True] * MAX_CLAIMS + [
+        False,
+        False,
+    ]
+    await claims.drain()
+    rows = await superuser.fetch(query)
+    assert [row["repeats"] for row in rows] == [25, 2]
+
+
+async def test_forged_tokens_of_the_last_days_are_counted(
+    events: AuditEvents, ingest: Subject, loaded: Loaded, superuser: Connection
+) -> None:
+    assert await events.count_forged(7) == 0
+    forged = [loaded(ingest, action=Action.TOKEN_FORGED, ago=n * 7 * 86_400) for n in range(2)]
+    unknown = loaded(ingest, action=Action.TOKEN_UNKNOWN)
+    assert set(await events.report([*forged, unknown])) == {RECORDED}
+    assert await events.count_forged(7) == 2
+    await superuser.execute(
+        "UPDATE audit_records SET recorded_at = recorded_at - interval '8 days' WHERE id = $1",
+        forged[1].id,
+    )
+    assert await events.count_forged(7) == 1
+
+
+async def test_what_is_asked_about_tokens_is_answered_from_indexes(
+    issuance: Callable[..., AuditRecord], connect_as: ConnectAs, superuser: Connection
+) -> None:
+    service = await connect_as("service")
+    await superuser.execute(
+        "INSERT INTO audit_records (id, commit_order, recorded_at, action, outcome, request_id,"
+        " repeats, details, signing_input_sha256)"
+        " SELECT overlay(uuidv7_floor_1(clock_timestamp())::text"
+        " PLACING lpad(to_hex(n), 12, '0') FROM 25)::uuid, n, clock_timestamp(), 'token.issue',"
+        " 'success', '', 1, '{}', sha256(n::text::bytea) FROM generate_series(1, 40000) AS n"
+    )
+    await superuser.execute("ANALYZE audit_records")
+    ids = [row["id"] for row in await superuser.fetch("SELECT id FROM audit_records LIMIT 1000")]
+    digests = [hashlib.sha256(str(n).encode()).digest() for n in range(1000)]
+    for query, argument, rows in (
+        (SELECT_ISSUED, ids, 1000),
+        (SELECT_ISSUED_DIGESTS, digests, 1000),
+        (COUNT_FORGED, 7, 0),
+    ):
+        explained = await service.fetchval(
+            f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {query}", argument
+        )
+        scans = [node for node in plan_nodes(json.loads(explained)[0]["Plan"]) if on_the_log(node)]
+        read = sum(
+            (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
+            for node in scans
+        )
+        assert read <= rows, scans
 
 
 def plan_nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:

@@ -36,6 +36,7 @@ from service.store.audit_log import AuditRecords, PostgresRecordWriter, parse_cu
 from service.store.database import Database
 from service.store.embedded import EmbeddedPostgres, Running
 from service.store.service_users import ServiceUsers, as_json
+from tests.store.conftest import not_compared
 
 pytestmark = pytest.mark.anyio
 
@@ -210,9 +211,22 @@ async def test_each_filter_selects_its_records_and_no_other(
     )
     unknown = refusal(service_user_id="su_" + "n" * 24, version=0, reason="unknown_client")
     listed = act(
-        Action.SERVICE_USER_LIST, actor_id="su_" + "o" * 24, actor="operator", request_id="r-2"
+        Action.SERVICE_USER_LIST,
+        actor_id=user.id,
+        actor="the-name-of-that-day",
+        actor_credential_id="cr_" + "o" * 24,
+        request_id="r-2",
     )
-    ours = [issued, refused, unknown, listed]
+    retired = act(
+        Action.SIGNING_KEY_RETIRE,
+        actor="privyseal",
+        kid="k" * 43,
+        client_address="2001:db8::7",
+        resource="kyc/2026/100%_a",
+        department="retail",
+        salt=bytes(16),
+    )
+    ours = [issued, refused, unknown, listed, retired]
     for record in ours:
         assert await log.append(record)
     # Before ours stand the acts that put the holder and the key there.
@@ -226,17 +240,78 @@ async def test_each_filter_selects_its_records_and_no_other(
         (RecordFilter(source_system="vkyc"), [issued, refused]),
         (RecordFilter(source_system="other"), []),
         (RecordFilter(credential_id=holder.credentials[0].id), [issued]),
-        (RecordFilter(actor="operator"), [listed]),
-        (RecordFilter(actor="su_" + "o" * 24), [listed]),
+        (RecordFilter(actor=user.name), [listed]),
+        (RecordFilter(actor=user.id), [listed]),
+        (RecordFilter(actor="the-name-of-that-day"), []),
+        (RecordFilter(actor="privyseal"), [retired]),
+        (RecordFilter(actor_credential_id="cr_" + "o" * 24), [listed]),
         (RecordFilter(action="token.issue"), [issued, refused, unknown]),
         (RecordFilter(outcome=Outcome.REFUSED), [refused, unknown]),
+        (RecordFilter(reason="unknown_client"), [unknown]),
         (RecordFilter(request_id="r-2"), [listed]),
         (RecordFilter(jti=issued.id), [issued]),
+        (RecordFilter(kid="k" * 43), [retired]),
+        (RecordFilter(client_address="192.0.2.7"), [refused, unknown]),
+        (RecordFilter(client_address="2001:db8::7"), [retired]),
+        (RecordFilter(client_address="192.0.2.7", reason="unknown_client"), [unknown]),
+        (RecordFilter(department="retail"), [retired]),
+        (RecordFilter(department="reta"), []),
+        (RecordFilter(resource="kyc/2026/"), [retired]),
+        (RecordFilter(resource="kyc/2026/100%_a"), [retired]),
+        (RecordFilter(resource="kyc/%"), []),
+        (RecordFilter(resource="yc/2026"), []),
         (RecordFilter(action="token.issue", outcome=Outcome.SUCCESS), [issued]),
         (RecordFilter(service_user=user.name, jti=unknown.id), []),
     ):
         found = await read(audit_records, msgspec.structs.replace(wanted, since=start))
         assert ids(found) == ids(expected), wanted
+
+
+async def test_a_token_leads_to_its_issuance_and_to_every_call_made_with_it(
+    log: AuditLog,
+    audit_records: AuditRecords,
+    act: MakeAct,
+    issuance: Issuance,
+    superuser: Connection,
+) -> None:
+    issued, call = issuance(), act(Action.AUDIT_QUERY)
+    other, at = issuance(), datetime(2026, 11, 24, 20, 0, tzinfo=UTC)
+    for record in (issued, call, other):
+        assert await log.append(record)
+    await superuser.execute(
+        "UPDATE audit_records SET jti = $1, occurred_at = $2 WHERE id = $3", issued.id, at, call.id
+    )
+    shown = await read_until(audit_records, [issued, call], RecordFilter(jti=issued.id))
+    assert [(record.jti, record.occurred_at) for record in shown] == [
+        (issued.id, None),
+        (issued.id, at),
+    ]
+
+
+async def test_what_was_reported_a_week_late_is_found_by_when_it_came_on_record(
+    log: AuditLog, audit_records: AuditRecords, act: MakeAct
+) -> None:
+    start = datetime.now(UTC)
+    week = 7 * 86_400
+    late = act(Action.JWKS_LOADED, id=new_record_id(time.time() - week))
+    assert await log.append(late)
+    await read_until(audit_records, [late], RecordFilter(since=start))
+
+
+async def test_a_record_shows_its_place_in_the_tree_once_it_has_one(
+    log: AuditLog, audit_records: AuditRecords, act: MakeAct, superuser: Connection
+) -> None:
+    record = act(Action.AUDIT_QUERY)
+    assert await log.append(record)
+    (before,) = await read_until(audit_records, [record])
+    assert before.leaf_index is None
+    await superuser.execute(
+        "INSERT INTO audit_leaves (log, leaf_index, id, leaf_hash) VALUES (1, 41, $1, $2)",
+        record.id,
+        bytes(32),
+    )
+    (after,) = await read(audit_records)
+    assert after == msgspec.structs.replace(before, leaf_index=41)
 
 
 async def test_since_and_until_bound_the_time_of_the_record_however_far_away(
@@ -266,13 +341,19 @@ async def test_since_and_until_bound_the_time_of_the_record_however_far_away(
 async def test_an_sql_corpus_in_every_filter_finds_nothing_and_breaks_nothing(
     log: AuditLog, audit_records: AuditRecords, act: MakeAct
 ) -> None:
-    record = act(Action.AUDIT_QUERY, request_id="r'; DROP TABLE audit_records --")
+    record = act(
+        Action.AUDIT_QUERY,
+        request_id="r'; DROP TABLE audit_records --",
+        resource="document/1",
+        salt=bytes(16),
+    )
     assert await log.append(record)
     await read_until(audit_records, [record])
     for text in ("' OR '1'='1", "'; SELECT 1 --", "{0}", "$1", "%", "\\", '"', "\u2028", "🔒"):
         for name in (
             *("service_user", "source_system", "credential_id"),
-            *("actor", "action", "request_id"),
+            *("actor", "actor_credential_id", "action", "reason", "request_id", "kid"),
+            *("client_address", "department", "resource"),
         ):
             assert await read(audit_records, RecordFilter(**{name: text})) == []  # type: ignore[arg-type]
     (found,) = await read(audit_records, RecordFilter(request_id=record.request_id))
@@ -338,7 +419,7 @@ async def restore(source: Running, target: Running, binaries: Path, dump: Path) 
 
 async def append_to(running: Running, record: AuditRecord) -> None:
     writer = PostgresRecordWriter(
-        running.service_dsn, clock=DatabaseClock(time.time), clock_skew=60
+        running.service_dsn, clock=DatabaseClock(time.time), clock_skew=60, compare=not_compared
     )
     await writer.open(lambda: None)
     assert await writer.commit([record]) == [True]

@@ -32,6 +32,7 @@ from service.store.audit_log import PostgresRecordWriter
 from service.store.embedded import Running
 from service.store.service_users import ServiceUsers, as_json
 from service.store.signing_keys import SigningKeys
+from tests.store.conftest import not_compared
 
 pytestmark = pytest.mark.anyio
 
@@ -387,7 +388,9 @@ async def test_nothing_is_committed_where_it_would_not_be_durable_or_not_compare
         for value in values:
             await superuser.execute(f"ALTER DATABASE {name} SET {setting} = {value}")
             clock = DatabaseClock(time.time)
-            writer = PostgresRecordWriter(database.service_dsn, clock=clock, clock_skew=60)
+            writer = PostgresRecordWriter(
+                database.service_dsn, clock=clock, clock_skew=60, compare=not_compared
+            )
             await writer.open(lambda: None)
             with pytest.raises(StoreUnavailable, match="PV500"):
                 await writer.commit([issuance()])

@@ -207,7 +207,7 @@ async def test_a_server_is_served_as_the_service_and_as_nobody_stronger(
     for dsn, role in ((database.owner_dsn, OWNER), (database.superuser_dsn, SUPERUSER)):
         with pytest.raises(StartRefused, match=f"Role {role} .* audit_records"):
             await check_server(dsn)
-    partition = (await audit_tables(superuser))[-1]
+    partition = next(each for each in await audit_tables(superuser) if "audit_records_2" in each)
     await superuser.execute(f"GRANT DELETE ON {partition} TO {SERVICE}")
-    with pytest.raises(StartRefused, match=partition):
+    with pytest.raises(StartRefused, match="TRUNCATE audit_records, or a partition of it"):
         await check_server(database.service_dsn)

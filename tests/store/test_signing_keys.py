@@ -284,6 +284,7 @@ def run_command(command: str, database: Running, kek_file: Path, tmp_path: Path)
             "PRIVYSEAL_DATA_DIR": str(tmp_path),
             "PRIVYSEAL_DATABASE_URL": database.service_dsn.reveal(),
             "PRIVYSEAL_KEK_FILE": str(kek_file),
+            "PRIVYSEAL_CHECKPOINT_DIR": str(tmp_path / "checkpoints"),
         },
         capture_output=True,
         text=True,

@@ -7,8 +7,9 @@ from zlib import crc32
 import msgspec
 import pytest
 
+from keys.client_secret import SECRET_FORM
 from keys.secret import Secret
-from service.authority.client_auth import SECRET_FORM, authenticate, new_secret, secret_sha256
+from service.authority.client_auth import authenticate, new_secret, secret_sha256
 from service.authority.errors import OAuthError, OAuthErrorCode
 from service.authority.model import Credential, ServiceUser, Status, Subject
 
@@ -101,6 +102,21 @@ def test_who_holds_the_right_secret_of_an_ended_credential_is_told_when_and_whom
     assert refusal.reason == "credential_expired"
     assert "2026-03-01 14:30 UTC" in refusal.description
     assert user.contact in refusal.description
+
+
+def test_who_holds_the_right_secret_of_a_held_credential_is_told_so_and_whom_to_ask(
+    user: ServiceUser, credential: Credential, secret: Secret, now: float
+) -> None:
+    held = msgspec.structs.replace(credential, held_at=datetime.fromtimestamp(now, UTC))
+    subject = Subject(service_user=user, credentials=(held,))
+    refusal = refused(subject, secret, now)
+    assert refusal.reason == "credential_held"
+    assert "until an operator confirms it" in refusal.description
+    assert user.contact in refusal.description
+    assert refused(subject, new_secret(), now).reason == "wrong_secret"
+    # To wait for an operator would help no more.
+    ended = held.expires_at.timestamp()
+    assert refused(subject, secret, ended).reason == "credential_expired"
 
 
 def test_a_credential_ends_at_its_instant_and_not_before(

@@ -3,50 +3,40 @@
 Writes nothing itself and answers nobody: the store does, and `http/audit_events.py`.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Final, Literal, Protocol, TypeAlias
+from typing import Final, Protocol
 from uuid import UUID
 
 import structlog
-from msgspec import Meta, Struct
+from msgspec import Struct
 
+from service import metrics
+from service.authority.audit.attribution import Finding, Standing, TokenRecords, digest, find
+from service.authority.audit.claims import Claims
 from service.authority.audit.record import Action, AuditRecord, Outcome, personal
-from service.authority.model import KID, AdminScope, ClientAddress, Clock
+from service.authority.audit.reported import ApiCall, Event, EventResult, EventStatus, JwksLoaded
+from service.authority.model import AdminScope, ClientAddress, Clock
 from service.authority.operators import Operator, Operators
 
 MAX_AGE: Final = 7 * 86_400
 """Seconds for which a reporter may keep an event while the authority is away."""
 
-# RFC 9562 §5.7, in its one canonical spelling.
-EventId = Annotated[
-    str,
-    Meta(
-        pattern="^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$",
-        examples=["019ab7a4-5c00-7000-8000-000000000001"],
-    ),
-]
-Time = Annotated[datetime, Meta(tz=True)]
-Instance = Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{8,64}$", examples=["hVx3q0Zr9T1c"])]
-Kid = Annotated[str, Meta(pattern=KID)]
-Kids = Annotated[list[Kid], Meta(max_length=64)]
+MAX_LOADED_A_MINUTE: Final = 120
+"""Reports of loaded keys that one reporter has taken in one process: each instance needs a few an
+hour, and whoever floods must not fill the log."""
+
+OWN_ACTIONS: Final = frozenset(action.partition(".")[0] for action in Action)
+"""First words of actions that only this authority records: no report can look like its acts."""
+
+_ACTIONS: Final = {
+    Standing.FORGED: Action.TOKEN_FORGED,
+    Standing.UNKNOWN: Action.TOKEN_UNKNOWN,
+    Standing.UNVERIFIABLE: Action.TOKEN_UNVERIFIABLE,
+}
 
 log = structlog.stdlib.get_logger()
-
-
-class JwksLoaded(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A verifier, named by a random `instance` of its own, holds these keys and no others."""
-
-    # Becomes the tag of a union beside the next type: msgspec lets a lone struct lack its tag.
-    type: Literal["jwks.loaded"]
-    id: EventId
-    occurred_at: Time
-    instance: Instance
-    kids: Kids
-
-
-Event: TypeAlias = JwksLoaded
 
 
 class Verdict(StrEnum):
@@ -72,33 +62,34 @@ class EventStore(Protocol):
         ...
 
 
-class EventStatus(StrEnum):
-    """What became of an event."""
+class _Call(Struct, frozen=True, kw_only=True):
+    """A reported call with what was found about its token."""
 
-    RECORDED = "recorded"
-    KNOWN = "known"
-    REFUSED = "refused"
-
-
-class EventResult(Struct, frozen=True, kw_only=True):
-    """`recorded` now, `known` from an earlier report of yours, or `refused` for good: `detail`
-    says why. Only a refused event was not, and will never be, put on record."""
-
-    id: EventId
-    status: EventStatus
-    detail: str = ""
+    event: ApiCall
+    finding: Finding
 
 
 class EventReports:
     """Takes what services with the scope `audit:report` report."""
 
     def __init__(
-        self, *, store: EventStore, operators: Operators, clock: Clock, clock_skew: float
+        self,
+        *,
+        store: EventStore,
+        tokens: TokenRecords,
+        claims: Claims,
+        operators: Operators,
+        clock: Clock,
+        clock_skew: float,
     ) -> None:
         self._store = store
+        self._tokens = tokens
+        self._claims = claims
         self._operators = operators
         self._clock = clock
         self._clock_skew = clock_skew
+        self._loaded: Counter[str] = Counter()
+        self._loaded_minute = 0
 
     async def report(
         self, operator: Operator, events: Sequence[Event], origin: ClientAddress
@@ -108,61 +99,188 @@ class EventReports:
         Raise Forbidden without `audit:report`, and the errors of a store away: then the same
         events, with the same ids, may be reported again.
         """
-        now = self._clock()
-        untimely = [self._untimely(event, now) for event in events]
-        timely = [event for event, why in zip(events, untimely, strict=True) if not why]
+        operator.require(AdminScope.AUDIT_REPORT)
+        looked_at = await self._look_at(operator, events)
 
-        async def act(operator: Operator) -> list[Verdict] | None:
+        async def act(operator: Operator) -> list[EventResult] | None:
             operator.require(AdminScope.AUDIT_REPORT)
-            records = [_record(event, operator, origin) for event in timely]
-            verdicts = list(await self._store.report(records)) if records else []
-            return None if Verdict.STALE in verdicts else verdicts
+            offered = [
+                each if isinstance(each, EventResult) else _record(each, operator, origin)
+                for each in looked_at
+            ]
+            records = [each for each in offered if isinstance(each, AuditRecord)]
+            verdicts: Sequence[Verdict] = await self._store.report(records) if records else ()
+            if Verdict.STALE in verdicts:
+                return None
+            _tell_what_is_new(records, verdicts)
+            verdict = iter(verdicts)
+            return [
+                each if isinstance(each, EventResult) else _result(each, next(verdict))
+                for each in offered
+            ]
 
-        verdicts = iter(await self._operators.decided_on_current(operator, act))
-        results = [
-            _refused(event, why) if why else _result(event, next(verdicts))
-            for event, why in zip(events, untimely, strict=True)
-        ]
-        if refused := sum(result.status is EventStatus.REFUSED for result in results):
-            log.warning(
-                "events_refused",
-                reporter=operator.service_user.name,
-                count=refused,
-                request_id=origin.request_id,
-            )
+        results = await self._operators.decided_on_current(operator, act)
+        for status in EventStatus:
+            count = sum(result.status is status for result in results)
+            metrics.reported_events.labels(status).inc(count)
+            if count and status is EventStatus.REFUSED:
+                log.warning(
+                    "events_refused",
+                    reporter=operator.service_user.name,
+                    count=count,
+                    request_id=origin.request_id,
+                )
         return results
 
-    def _untimely(self, event: Event, now: float) -> str:
-        """Say why the time in an event's id is none that is taken; nothing if it is."""
+    async def _look_at(
+        self, operator: Operator, events: Sequence[Event]
+    ) -> list[EventResult | JwksLoaded | _Call]:
+        """Settle what needs no record; say of each other event what is known about its token."""
+        now = self._clock()
+        refusals = [self._why_not(event, now, operator.service_user.id) for event in events]
+        calls = [
+            event
+            for event, why_not in zip(events, refusals, strict=True)
+            if isinstance(event, ApiCall) and not why_not
+        ]
+        finding = iter(await find(calls, self._tokens))
+        looked_at: list[EventResult | JwksLoaded | _Call] = []
+        for event, why_not in zip(events, refusals, strict=True):
+            if why_not:
+                looked_at.append(_refused(event.id, why_not))
+            elif isinstance(event, JwksLoaded):
+                looked_at.append(event)
+            else:
+                looked_at.append(self._settled(_Call(event=event, finding=next(finding)), operator))
+        return looked_at
+
+    def _settled(self, call: _Call, operator: Operator) -> EventResult | _Call:
+        """Return the result of a call that gets no record of its own, or else the call."""
+        standing = call.finding.standing
+        if standing is Standing.SIGNATURE_WANTED:
+            return EventResult(id=call.event.id, status=EventStatus.SIGNATURE_WANTED)
+        if standing is Standing.UNKNOWN and not self._claims.has_room(_call_record(call, operator)):
+            return EventResult(id=call.event.id, status=EventStatus.RECORDED)
+        return call
+
+    def _why_not(self, event: Event, now: float, reporter: str) -> str:
+        """Say why an event is never taken; nothing if it is."""
         # The 48 bits before the random ones (RFC 9562 §5.7).
-        reported = (UUID(event.id).int >> 80) / 1000
-        if reported < now - MAX_AGE:
-            return f"The id is older than {MAX_AGE // 86_400} days."
-        if reported > now + self._clock_skew:
-            return f"The id lies more than {self._clock_skew:.0f} s ahead: check your clock."
+        if why_not := self._untimely("id", (UUID(event.id).int >> 80) / 1000, now):
+            return why_not
+        if isinstance(event, JwksLoaded):
+            if not self._has_room(reporter, now):
+                return f"More than {MAX_LOADED_A_MINUTE} reports of loaded keys within a minute."
+            return ""
+        if (own := event.action.partition(".")[0]) in OWN_ACTIONS:
+            return f"Actions that begin with {own} are the authority's own: choose another name."
+        return self._untimely("occurred_at", event.occurred_at.timestamp(), now)
+
+    def _has_room(self, reporter: str, now: float) -> bool:
+        if (minute := int(now // 60)) != self._loaded_minute:
+            self._loaded.clear()
+            self._loaded_minute = minute
+        self._loaded[reporter] += 1
+        return self._loaded[reporter] <= MAX_LOADED_A_MINUTE
+
+    def _untimely(self, what: str, at: float, now: float) -> str:
+        if at < now - MAX_AGE:
+            return f"The {what} is older than {MAX_AGE // 86_400} days."
+        if at > now + self._clock_skew:
+            return f"The {what} lies more than {self._clock_skew:.0f} s ahead: check your clock."
         return ""
 
 
-def _record(event: Event, operator: Operator, origin: ClientAddress) -> AuditRecord:
+def _record(
+    each: JwksLoaded | _Call, operator: Operator, origin: ClientAddress
+) -> AuditRecord | EventResult:
+    if isinstance(each, JwksLoaded):
+        return AuditRecord(
+            id=UUID(each.id),
+            action=Action.JWKS_LOADED,
+            outcome=Outcome.SUCCESS,
+            details={
+                "occurred_at": each.occurred_at,
+                "instance": each.instance,
+                "kids": each.kids,
+            },
+            **operator.as_actor(),
+            **personal(origin),
+        )
+    issued = each.finding.issued
+    if (
+        each.finding.standing is Standing.ISSUED
+        and issued is not None
+        and issued.aud not in operator.service_user.audiences
+    ):
+        return _refused(each.event.id, "The token is for an audience that is none of yours.")
+    return _call_record(each, operator)
+
+
+def _call_record(call: _Call, operator: Operator) -> AuditRecord:
+    """Return the record of a call: what was done, or if its token was not issued, that."""
+    event, finding = call.event, call.finding
+    action = _ACTIONS.get(finding.standing)
+    whose: dict[str, str | None] = {}
+    if (issued := finding.issued) is not None:
+        whose = {
+            "service_user_id": issued.service_user_id,
+            "service_user": issued.service_user,
+            "source_system": issued.source_system,
+            "credential_id": issued.credential_id,
+        }
+    origin = ClientAddress(
+        address=event.client_address, user_agent=event.user_agent, request_id=event.request_id
+    )
     return AuditRecord(
         id=UUID(event.id),
-        action=Action.JWKS_LOADED,
-        outcome=Outcome.SUCCESS,
-        details={
-            "occurred_at": event.occurred_at,
-            "instance": event.instance,
-            "kids": event.kids,
-        },
+        action=event.action if action is None else action,
+        outcome=event.outcome,
+        reason=finding.reason,
+        kid=event.kid if issued is None or action is not None else issued.kid,
+        jti=event.jti,
+        occurred_at=event.occurred_at,
+        signing_input_sha256=digest(event),
+        details={} if action is None else {"action": event.action},
+        **whose,
         **operator.as_actor(),
-        **personal(origin),
+        **personal(origin, resource=event.resource, department=event.department),
     )
 
 
-def _result(event: Event, verdict: Verdict) -> EventResult:
+def _tell_what_is_new(records: Sequence[AuditRecord], verdicts: Sequence[Verdict]) -> None:
+    for record, verdict in zip(records, verdicts, strict=True):
+        if verdict is not Verdict.RECORDED:
+            continue
+        match record.action:
+            case Action.TOKEN_FORGED:
+                metrics.forged_tokens.inc()
+                log.critical("token_forged", **_named(record))
+            case Action.TOKEN_UNVERIFIABLE:
+                metrics.unverifiable_tokens.inc()
+                log.error("token_unverifiable", **_named(record))
+            case Action.TOKEN_UNKNOWN:
+                log.warning("token_unknown", **_named(record))
+            case _:
+                pass
+
+
+def _named(record: AuditRecord) -> dict[str, str | None]:
+    return {
+        "kid": record.kid,
+        "jti": str(record.jti),
+        "service_user": record.service_user,
+        "reporter": record.actor,
+        "record": str(record.id),
+        "request_id": record.request_id,
+    }
+
+
+def _result(record: AuditRecord, verdict: Verdict) -> EventResult:
     if verdict is Verdict.TAKEN:
-        return _refused(event, "The id is that of another record: draw a new one.")
-    return EventResult(id=event.id, status=EventStatus(verdict))
+        return _refused(str(record.id), "The id is that of another record: draw a new one.")
+    return EventResult(id=str(record.id), status=EventStatus(verdict))
 
 
-def _refused(event: Event, why: str) -> EventResult:
-    return EventResult(id=event.id, status=EventStatus.REFUSED, detail=why)
+def _refused(event_id: str, why: str) -> EventResult:
+    return EventResult(id=event_id, status=EventStatus.REFUSED, detail=why)

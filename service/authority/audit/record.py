@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 from uuid import UUID
 
 import msgspec
@@ -19,7 +19,10 @@ from service.authority.model import ClientAddress
 
 
 class Action(StrEnum):
-    """What was done or tried: every record has exactly one."""
+    """What was done or tried here: every record has exactly one action.
+
+    What other services report to have done has a name of theirs, whose first word is none of these.
+    """
 
     TOKEN_ISSUE = "token.issue"  # noqa: S105
     TOKEN_MINT = "token.mint"  # noqa: S105
@@ -32,6 +35,8 @@ class Action(StrEnum):
     CREDENTIAL_CREATE = "credential.create"
     CREDENTIAL_LIST = "credential.list"
     CREDENTIAL_REVOKE = "credential.revoke"
+    CREDENTIAL_CONFIRM = "credential.confirm"
+    CREDENTIAL_LEAKED = "credential.leaked"
     SIGNING_KEY_LIST = "signing_key.list"
     SIGNING_KEY_PREPARE = "signing_key.prepare"
     SIGNING_KEY_ACTIVATE = "signing_key.activate"
@@ -42,9 +47,17 @@ class Action(StrEnum):
     SIGNING_KEY_REVOKE = "signing_key.revoke"
     SIGNING_KEY_REVOKE_ALL = "signing_key.revoke_all"
     AUDIT_QUERY = "audit.query"
+    AUDIT_EXPORT = "audit.export"
     AUDIT_REPORT = "audit.report"
+    AUDIT_RESTORE_ACCEPTED = "audit.restore_accepted"
+    AUDIT_ARCHIVE = "audit.archive"
+    AUDIT_ERASE = "audit.erase"
+    AUDIT_LOG_REWRAP = "audit_log.rewrap"
     JWKS_LOADED = "jwks.loaded"
     OPERATOR_BOOTSTRAP = "operator.bootstrap"
+    TOKEN_FORGED = "token.forged"  # noqa: S105
+    TOKEN_UNKNOWN = "token.unknown"  # noqa: S105
+    TOKEN_UNVERIFIABLE = "token.unverifiable"  # noqa: S105
 
 
 class Outcome(StrEnum):
@@ -52,6 +65,7 @@ class Outcome(StrEnum):
 
     SUCCESS = "success"
     REFUSED = "refused"
+    FAILED = "failed"
 
 
 class AuditRecord(Struct, frozen=True, kw_only=True):
@@ -59,12 +73,14 @@ class AuditRecord(Struct, frozen=True, kw_only=True):
 
     `version` and `actor_version` are those on which it was decided: the record is written only
     while they are in force. For an issuance `id` is the `jti`, `iat` and `exp` are NumericDates,
-    and `signing_input_sha256` is the digest that a reported token is compared with.
+    and `signing_input_sha256` is the digest that a reported token is compared with. For a call
+    that another service reported, `action` is what that calls it, `jti` and the digest are of the
+    token that it was made with, and `occurred_at` is when.
     What is personal goes to a table beside the log; the log holds its salted SHA-256.
     """
 
     id: UUID
-    action: Action
+    action: str
     outcome: Outcome
     reason: str | None = None
     service_user_id: str | None = None
@@ -82,6 +98,8 @@ class AuditRecord(Struct, frozen=True, kw_only=True):
     aud: str | None = None
     scope: str | None = None
     signing_input_sha256: bytes | None = None
+    jti: UUID | None = None
+    occurred_at: datetime | None = None
     request_id: str = ""
     repeats: int = 1
     details: dict[str, Any] = {}
@@ -96,12 +114,17 @@ class AuditRecord(Struct, frozen=True, kw_only=True):
 class StoredRecord(Struct, frozen=True, kw_only=True):
     """A record as it is read: what was asked for it to be, when it became durable, and where.
 
-    The personal fields are None once they were erased, and for records that never had any.
+    `jti` is the token that was issued, and then the record's own id, or the one that a reported
+    call was made with; `occurred_at` is when, by the reporter's clock. `leaf_index` is the place in
+    the Merkle tree, null until it has one. The personal fields are null once they were erased, and
+    for records that never had any; with `personal_salt` they hash to `personal_sha256` (both hex).
     """
 
     id: UUID
     cursor: str
+    leaf_index: int | None
     recorded_at: datetime
+    occurred_at: datetime | None
     action: str
     outcome: Outcome
     reason: str | None
@@ -113,6 +136,7 @@ class StoredRecord(Struct, frozen=True, kw_only=True):
     actor_id: str | None
     actor: str | None
     actor_credential_id: str | None
+    jti: UUID | None
     kid: str | None
     iat: int | None
     exp: int | None
@@ -126,21 +150,45 @@ class StoredRecord(Struct, frozen=True, kw_only=True):
     user_agent: str | None
     resource: str | None
     department: str | None
+    personal_salt: str | None
+    personal_sha256: str | None
 
 
 class RecordFilter(Struct, frozen=True, kw_only=True):
-    """Which records to read; what is None does not count. `service_user` is an id or a name."""
+    """Which records to read; what is None does not count.
+
+    `service_user` and `actor` are ids or names; `jti` finds the issuance of a token and every call
+    made with it; `resource` is a prefix.
+    """
 
     service_user: str | None = None
     source_system: str | None = None
     credential_id: str | None = None
     actor: str | None = None
+    actor_credential_id: str | None = None
     action: str | None = None
     outcome: Outcome | None = None
+    reason: str | None = None
     request_id: str | None = None
     jti: UUID | None = None
+    kid: str | None = None
+    client_address: str | None = None
+    department: str | None = None
+    resource: str | None = None
     since: datetime | None = None
     until: datetime | None = None
+
+    def for_record(self) -> dict[str, Any]:
+        """Return what a record may say of this filter for ever: of what is personal, only that
+        it was asked for."""
+        return {
+            name: "given" if name in _PERSONAL else value
+            for name, value in msgspec.structs.asdict(self).items()
+            if value is not None
+        }
+
+
+_PERSONAL: Final = frozenset({"client_address", "department", "resource"})
 
 
 class RecordReader(Protocol):

@@ -1,0 +1,255 @@
+"""Whether the log goes on from what was signed, by checkpoints kept outside of the database.
+
+Signs nothing and mends nothing: while the answer is no, nothing is issued and nothing is signed.
+"""
+
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import Final, Protocol
+from uuid import UUID
+
+import structlog
+from msgspec import Struct
+
+from keys.checkpoint import Checkpoint, NoteRefused, NoteSigner
+from keys.envelope import EnvelopeError, KekReader
+from keys.log_key import open_log_key
+from service import metrics
+from service.authority.audit.merkle import Frontier, HashesMissing, StoredHashes, frontier_at
+from service.authority.errors import AuditUnavailable
+
+log = structlog.stdlib.get_logger()
+
+COMPLAIN_EVERY: Final = 60.0
+"""Seconds between two lines in the log about the same trouble."""
+
+NO_LOG: Final = "The database has no audit log yet. Run `privyseal migrate` as its owner."
+_NOT_COMPARED: Final = "The audit log was not compared with its checkpoints yet."
+_ACCEPT: Final = (
+    "Nothing is issued until the database is the right one again, or an operator accepts this one: "
+    "privyseal restore accept --reason"
+)
+
+
+class Place(Struct, frozen=True, kw_only=True):
+    """A place in the order of commits: right behind this record."""
+
+    commit_order: int
+    last_id: UUID
+
+
+class AuditLogRow(Struct, frozen=True, kw_only=True):
+    """A log as it is stored; `begins_after` is the place right before its first record."""
+
+    number: int
+    origin: str
+    sealed_private: bytes
+    begins_after: Place
+
+
+class Head(Struct, frozen=True, kw_only=True):
+    """The newest signed head of a log, and how far in the order of commits it reaches."""
+
+    size: int
+    reaches: Place
+    note: bytes
+    signed_at: datetime
+
+
+class LogReader(Protocol):
+    """The log in the database; every method may raise StoreUnavailable."""
+
+    async def current(self) -> AuditLogRow | None:
+        """Return the newest log."""
+        ...
+
+    async def head(self, log_number: int) -> Head | None:
+        """Return its newest signed head, if there is one."""
+        ...
+
+    def hashes(self, log_number: int) -> StoredHashes:
+        """Return what reads its hashes."""
+        ...
+
+
+class OutsideNote(Struct, frozen=True, kw_only=True):
+    """A checkpoint that is kept outside the database, not verified yet, and where it is."""
+
+    log_number: int
+    unverified_note: bytes
+    place: str
+
+
+class OutsideCheckpoints(Protocol):
+    """Checkpoints outside the database; every method may raise OSError."""
+
+    async def newest(self) -> OutsideNote | None:
+        """Return the one of the newest log that has the largest size."""
+        ...
+
+    async def keep(self, log_number: int, size: int, note: bytes, signed_at: datetime) -> None:
+        """Keep a checkpoint durably; one that is there already is no error."""
+        ...
+
+
+class Standing(Struct, frozen=True, kw_only=True):
+    """The log as it was found whole: its key, its newest head, and the tree under that."""
+
+    log: AuditLogRow
+    signer: NoteSigner
+    head: Head | None
+    frontier: Frontier
+    outside_size: int
+    """Of the newest checkpoint outside; 0 while there is none of this log."""
+
+
+class Broken(Exception):
+    """The log does not go on from what was signed; the text says how, for people."""
+
+
+class Continuity:
+    """Compares, remembers the answer, and is asked before anything is issued.
+
+    Each comparison stands for itself: once the database is right again, the next one finds it so.
+    """
+
+    def __init__(
+        self,
+        *,
+        outside: OutsideCheckpoints,
+        read_keks: KekReader,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._outside = outside
+        self._read_keks = read_keks
+        self._monotonic = monotonic
+        self._signer: tuple[bytes, NoteSigner] | None = None
+        self._complained_at = float("-inf")
+        self.broken: str | None = _NOT_COMPARED
+        """In words, why nothing may be issued; None if the log is whole."""
+        self.compared = False
+        """Whether a comparison was made at all, whatever it found."""
+        self.latest_note: bytes | None = None
+        """The newest checkpoint that this process knows to be ours."""
+
+    def require(self) -> None:
+        """Raise AuditUnavailable unless the log was found whole when it was last compared."""
+        if self.broken is not None:
+            raise AuditUnavailable(self.broken)
+
+    def grown(self, head: Head) -> None:
+        """Take note of a head that this process has signed and committed itself."""
+        self.latest_note = head.note
+
+    async def compare(self, reader: LogReader) -> Standing | None:
+        """Return the log if it is whole and extends the newest outside checkpoint.
+
+        Otherwise return None: `broken` says why. Raise StoreUnavailable, and OSError while the
+        outside checkpoints cannot be read: then the answer of before stands.
+        """
+        try:
+            standing = await self._compare(reader)
+        except Broken as broken:
+            self._found(str(broken))
+            return None
+        self._found(None)
+        return standing
+
+    def _found(self, broken: str | None) -> None:
+        self.compared = True
+        self.broken = broken
+        metrics.audit_log_broken.set(broken is not None)
+        now = self._monotonic()
+        if broken is None:
+            self._complained_at = float("-inf")
+        elif now - self._complained_at >= COMPLAIN_EVERY:
+            self._complained_at = now
+            log.error("nothing_is_issued", reason=broken)
+
+    async def _compare(self, reader: LogReader) -> Standing:
+        # Outside first: a head is committed before it is kept outside, so what is read next from
+        # the database is never older, however many processes add to it meanwhile.
+        unverified = await self._outside.newest()
+        current = await reader.current()
+        if current is None:
+            raise Broken(NO_LOG)
+        signer = self._open(current)
+        outside = _verified(unverified, current, signer)
+        if unverified and outside:
+            self.latest_note = unverified.unverified_note
+        head = await reader.head(current.number)
+        size = head.size if head else 0
+        if outside and outside.size > size:
+            raise Broken(
+                f"Restored or cut: records {size:,}-{outside.size - 1:,} are missing from the "
+                f"audit log {current.origin}, which had {outside.size:,} when its newest "
+                f"checkpoint outside was signed. {_ACCEPT}."
+            )
+        try:
+            frontier = await frontier_at(size, reader.hashes(current.number))
+            if outside and outside.size < size:
+                at_outside = await frontier_at(outside.size, reader.hashes(current.number))
+            else:
+                at_outside = frontier
+        except HashesMissing as missing:
+            raise Broken(
+                f"Cut: the audit log {current.origin} lacks hashes of its tree ({missing}). "
+                f"{_ACCEPT}."
+            ) from None
+        if head:
+            _require_root(_opened(head.note, signer, "the database"), frontier, "in the database")
+            self.latest_note = head.note
+        if outside:
+            _require_root(outside, at_outside, "outside")
+        return Standing(
+            log=current,
+            signer=signer,
+            head=head,
+            frontier=frontier,
+            outside_size=outside.size if outside else 0,
+        )
+
+    def _open(self, current: AuditLogRow) -> NoteSigner:
+        """Open the log's key: that it opens shows that no database made it up."""
+        if self._signer is None or self._signer[0] != current.sealed_private:
+            try:
+                signer = open_log_key(current.origin, current.sealed_private, self._read_keks())
+            except EnvelopeError as error:
+                raise Broken(f"The key of the audit log {current.origin}: {error}") from None
+            self._signer = (current.sealed_private, signer)
+        return self._signer[1]
+
+
+def _verified(
+    outside: OutsideNote | None, current: AuditLogRow, signer: NoteSigner
+) -> Checkpoint | None:
+    """Return the newest outside checkpoint if it is one of the current log."""
+    if outside is None or outside.log_number < current.number:
+        # Of a log that was closed: the one after it could be opened only by who has the keys.
+        return None
+    if outside.log_number > current.number:
+        raise Broken(
+            f"Restored or cut: {outside.place} is a checkpoint of the {outside.log_number}. audit "
+            f"log of this authority, and the database knows none after {current.origin}. {_ACCEPT}."
+        )
+    return _opened(outside.unverified_note, signer, outside.place)
+
+
+def _opened(note: bytes, signer: NoteSigner, place: str) -> Checkpoint:
+    try:
+        return Checkpoint.open(note, signer.verifier)
+    except NoteRefused as refused:
+        raise Broken(
+            f"Changed or forked: the newest checkpoint in {place} is none of the audit log "
+            f"{signer.verifier.name} of this database ({refused}). {_ACCEPT}."
+        ) from None
+
+
+def _require_root(checkpoint: Checkpoint, frontier: Frontier, place: str) -> None:
+    if (checkpoint.size, checkpoint.root) != (frontier.size, frontier.root()):
+        raise Broken(
+            f"Changed or forked: the first {checkpoint.size:,} records of the audit log "
+            f"{checkpoint.origin} are not those that its newest checkpoint {place} was signed "
+            f"over. {_ACCEPT}."
+        )

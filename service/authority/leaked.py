@@ -1,0 +1,118 @@
+"""Found secrets: whose they are, and their end.
+
+Sees digests only: whoever found a secret tells it to nobody. What was done with a credential is
+for the audit log to say, to those who may read that.
+"""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Final, Protocol
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from service.authority.administration import Administration
+from service.authority.errors import Conflict
+from service.authority.model import AdminScope, ClientAddress, Credential, LiveTokens, ServiceUser
+from service.authority.operators import Operator
+
+REASON: Final = "found leaked"
+"""The reason in the record of each such revocation."""
+
+
+class Held(Struct, frozen=True, kw_only=True):
+    """A credential, and whose it is."""
+
+    service_user: ServiceUser
+    credential: Credential
+
+
+class Holders(Protocol):
+    """Finds credentials by their secrets."""
+
+    async def held(self, secrets_sha256: Sequence[bytes]) -> Sequence[Held]:
+        """Return those that are known, the ended ones included; raise StoreUnavailable."""
+        ...
+
+
+class Fate(StrEnum):
+    """What became of a leaked credential."""
+
+    REVOKED = "revoked"
+    """By this call, in every process."""
+    REVOKED_BEFORE = "revoked_before"
+    KEPT = "kept"
+    """It was only looked for, or must not be revoked like this: `detail` says why."""
+
+
+class Leak(Struct, frozen=True, kw_only=True):
+    """A credential whose secret was found, what became of it, and which tokens are still live."""
+
+    held: Held
+    fate: Fate
+    detail: str
+    live_tokens: LiveTokens | None
+
+
+class Leaks:
+    """Ends the credentials of secrets that were found where they must not be."""
+
+    def __init__(self, *, holders: Holders, administration: Administration) -> None:
+        self._holders = holders
+        self._administration = administration
+
+    async def find(self, operator: Operator, secrets_sha256: Sequence[bytes]) -> list[Leak]:
+        """Return the credentials with these secrets, and change nothing."""
+        operator.require(AdminScope.SERVICE_USERS_READ)
+        return [
+            await self._left_alone(held, "") for held in await self._holders.held(secrets_sha256)
+        ]
+
+    async def revoke(
+        self, operator: Operator, secrets_sha256: Sequence[bytes], origin: ClientAddress
+    ) -> list[Leak]:
+        """Revoke the credentials with these secrets, one after the other, each on record.
+
+        Never that of the caller itself, nor the last that can administer: `detail` says so. When
+        this fails half-way, to call it again does the rest.
+        """
+        operator.require(AdminScope.SERVICE_USERS_WRITE)
+        return [
+            await self._revoke(operator, held, origin)
+            for held in await self._holders.held(secrets_sha256)
+        ]
+
+    async def _revoke(self, operator: Operator, held: Held, origin: ClientAddress) -> Leak:
+        if held.credential.revoked_at is not None:
+            return await self._left_alone(held, "")
+        if held.credential.id == operator.credential_id:
+            return await self._left_alone(
+                held,
+                "This is the credential that you call with. Create another one, call with that, "
+                "and revoke this one.",
+            )
+        try:
+            revoked, live_tokens = await self._administration.revoke_credential(
+                operator, held.service_user.id, held.credential.id, origin, reason=REASON
+            )
+        except Conflict as error:
+            return await self._left_alone(held, error.detail)
+        return Leak(
+            held=replace(
+                held, credential=replace(revoked, last_used_at=held.credential.last_used_at)
+            ),
+            fate=Fate.REVOKED,
+            detail="",
+            live_tokens=live_tokens,
+        )
+
+    async def _left_alone(self, held: Held, detail: str) -> Leak:
+        credential = held.credential
+        return Leak(
+            held=held,
+            fate=Fate.KEPT if credential.revoked_at is None else Fate.REVOKED_BEFORE,
+            detail=detail,
+            live_tokens=await self._administration.live_tokens(
+                credential.service_user_id, credential.id
+            ),
+        )

@@ -1,0 +1,77 @@
+"""A restored database as its owner sees it: what it costs to go on with it, and that act.
+
+Decides nothing: `authority.restore` does, and an operator.
+"""
+
+from datetime import timedelta
+from typing import Final
+
+from keys.keyring import RotationPolicy
+from service.authority.audit import AuditRecord
+from service.authority.restore import Successor, Toll
+from service.store.database import Database, fetch_durable
+from service.store.service_users import as_json
+from service.store.signing_keys import key_as_json
+
+SELECT_NOW: Final = "SELECT extract(epoch FROM clock_timestamp())::float8"
+
+SELECT_TOLL: Final = """
+SELECT ARRAY(SELECT kid FROM signing_keys WHERE state IN ('pending', 'active', 'retiring')
+              ORDER BY kid) AS published_kids,
+       (SELECT count(*) FROM credentials
+         WHERE revoked_at IS NULL AND expires_at > statement_timestamp()) AS live_credentials
+"""
+
+ACCEPT: Final = "SELECT accept_restored_1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)"
+
+
+class RestoredDatabase:
+    """Implements `authority.restore.RestoreStore`; `database` is the owner's."""
+
+    def __init__(self, database: Database, *, clock_skew: int) -> None:
+        self._database = database
+        self._clock_skew = clock_skew
+
+    async def now(self) -> float:
+        """Return the time of the database."""
+        async with self._database.connection() as connection:
+            return await connection.fetchval(SELECT_NOW)
+
+    async def toll(self) -> Toll:
+        """Return the published keys, and how many credentials have not ended."""
+        async with self._database.connection() as connection:
+            row = await connection.fetchrow(SELECT_TOLL)
+        assert row is not None
+        return Toll(**row)
+
+    async def accept(
+        self,
+        successor: Successor,
+        policy: RotationPolicy,
+        record: AuditRecord,
+        revocation: AuditRecord,
+    ) -> bool:
+        """Do all of it in one statement, under the fence."""
+        closed = successor.closed
+        new_log = {
+            "log": closed.next_number,
+            "origin": successor.verifier.name,
+            "public_key": "\\x" + successor.verifier.public_key.public_bytes_raw().hex(),
+            "sealed_private": "\\x" + successor.sealed_private.hex(),
+        }
+        async with self._database.connection() as connection:
+            done = await fetch_durable(
+                connection,
+                ACCEPT,
+                as_json(new_log),
+                closed.log.number,
+                list(successor.revoked_kids),
+                key_as_json(successor.signing),
+                key_as_json(successor.following),
+                policy.lifetime_cap,
+                timedelta(seconds=policy.rotation_period),
+                as_json(record),
+                as_json(revocation),
+                self._clock_skew,
+            )
+        return done is True

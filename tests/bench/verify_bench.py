@@ -1,0 +1,194 @@
+"""`audit verify` beside `hashlib.sha256` alone: the same leaves, in the same run.
+
+Measures the check of a database, with as many processes as there are cores, and that of an archive.
+"""
+
+import asyncio
+import hashlib
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from rich.console import Console
+
+from keys.checkpoint import Checkpoint, NoteSigner
+from service.authority.audit.merkle import Frontier, leaf_hash
+from service.authority.audit.verify import LogCheck, LogReport, encoded
+from service.store.audit_tree import LEAF_COLUMNS
+from service.store.audit_verify import Job, open_reader, parts, survey
+from service.store.database import MIGRATING, connect
+from service.store.embedded import EmbeddedPostgres, Running
+from service.store.migrate import migrate
+
+BAR: Final = 0.1
+ROUNDS: Final = 3
+FULL: Final = 400_000
+QUICK: Final = 100_000
+
+# A day of tokens, ten a millisecond, each with what is personal.
+_INSERT: Final = """
+CREATE TEMP TABLE drawn AS
+SELECT i, (substr(uuidv7_floor_1(clock_timestamp() - interval '1 hour'
+                                 + i * interval '0.1 ms')::text, 1, 14) || '7'
+           || substr(md5(i::text), 1, 3) || '-8' || substr(md5(i::text), 4, 3) || '-'
+           || substr(md5(i::text), 8, 12))::uuid AS id
+  FROM generate_series(1, $1::integer) AS i
+"""
+_INSERT_RECORDS: Final = """
+INSERT INTO audit_records (id, commit_order, recorded_at, action, outcome, service_user_id,
+    service_user, source_system, version, credential_id, kid, iat, exp, aud, scope,
+    signing_input_sha256, request_id, repeats, details, personal_sha256)
+SELECT id, audit_era_floor_1() + i / 8, clock_timestamp(), 'token.issue', 'success',
+       'su_abcdefghijklmnopqrstuvwx', 'vkyc-prod', 'vkyc', 3, 'cr_abcdefghijklmnopqrstuvwx',
+       'Zs3vNq0b7wYV5xT9kQe1uJm2pRr8oLhXcDfGaBtIyUk', 1800000000 + i, 1800000900 + i,
+       'https://ingest.example', 'ingest:write', sha256(i::text::bytea), md5('r' || i), 1, '{}',
+       sha256(decode(md5(i::text), 'hex')
+              || convert_to('["192.0.2.' || i % 256 || '","privyseal-client/1.0","",""]', 'UTF8'))
+  FROM drawn
+"""
+_INSERT_PERSONAL: Final = """
+INSERT INTO audit_personal (id, salt, client_address, user_agent, resource, department)
+SELECT id, decode(md5(i::text), 'hex'), '192.0.2.' || i % 256, 'privyseal-client/1.0', '', ''
+  FROM drawn
+"""
+_SELECT_LEAVES: Final = f"""
+SELECT {LEAF_COLUMNS.replace("r.version", "1 AS v, r.version")} FROM audit_records r
+ WHERE (r.commit_order, r.id) > ($1::bigint, $2::uuid)
+ ORDER BY r.commit_order, r.id LIMIT 10000
+"""
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="Fewer records: shows that it runs.")
+def main(quick: bool) -> None:
+    """Measure, print, and exit with 1 if the bar is missed."""
+    console = Console()
+    count, processes = QUICK if quick else FULL, os.cpu_count() or 1
+    with _postgres() as running:
+        leaves = asyncio.run(_filled(running, count))
+        ratios: list[float] = []
+        for _ in range(ROUNDS):
+            before = _hashed_alone(leaves)
+            started = time.perf_counter()
+            report = asyncio.run(_surveyed(running)) and _checked(running, processes)
+            seconds = time.perf_counter() - started
+            after = _hashed_alone(leaves)
+            assert report.records == count
+            assert not report.findings
+            megabytes = report.leaf_bytes / 1e6
+            alone = (before + after) / 2
+            ratios.append(alone / seconds)
+            console.print(
+                f"verify {count / seconds:10,.0f} records/s {megabytes / seconds:8,.0f} MB/s   "
+                f"hashlib alone {count / alone:10,.0f} leaves/s {megabytes / alone:8,.0f} MB/s   "
+                f"ratio {ratios[-1]:.3f}"
+            )
+    ratio = statistics.median(ratios)
+    met = ratio >= BAR
+    console.print(
+        f"[bold {'green' if met else 'red'}]`audit verify` over {count:,} records with {processes} "
+        f"processes: {ratio:.2f} of hashlib.sha256 alone; the bar is {BAR}: "
+        f"{'met' if met else 'MISSED'}."
+    )
+    sys.exit(not met)
+
+
+def _hashed_alone(leaves: Sequence[bytes]) -> float:
+    """Return the seconds that hashing each leaf takes, and nothing else."""
+    started = time.perf_counter()
+    for leaf in leaves:
+        hashlib.sha256(leaf).digest()
+    return time.perf_counter() - started
+
+
+def _checked(running: Running, processes: int) -> LogReport:
+    log = asyncio.run(_surveyed(running)).logs[0]
+    check = LogCheck(log.origin, log.size)
+    job = Job(log=log.number, size=log.size, archived={}, cuts=())
+    for part in parts(running.service_dsn, job, processes=processes):
+        check.add(part)
+    return check.finish(newest_inside=log.newest_size)
+
+
+async def _surveyed(running: Running) -> Any:
+    connection = await open_reader(running.service_dsn)
+    try:
+        return await survey(connection)
+    finally:
+        connection.terminate()
+
+
+@contextmanager
+def _postgres() -> Generator[Running, None, None]:
+    data_dir = Path(tempfile.mkdtemp(prefix="privyseal-bench-"))
+    data_dir.chmod(0o711)  # the server may run as another user
+    bin_dir = os.environ.get("PRIVYSEAL_PG_BIN")
+    try:
+        with EmbeddedPostgres(data_dir, bin_dir=Path(bin_dir) if bin_dir else None) as running:
+            yield running
+    finally:
+        shutil.rmtree((data_dir / "postgres").resolve(), ignore_errors=True)
+        shutil.rmtree(data_dir, ignore_errors=True)
+
+
+async def _filled(running: Running, count: int) -> list[bytes]:
+    """Fill the log as a sequencer would, in one go; return the leaves."""
+    connection = await connect(running.owner_dsn, application_name="bench", deadlines=MIGRATING)
+    try:
+        await migrate(connection)
+        await connection.set_type_codec(
+            "jsonb", schema="pg_catalog", encoder=str, decoder=lambda _: {}
+        )
+        await connection.execute(_INSERT.replace("$1", str(count)))
+        await connection.execute(_INSERT_RECORDS)
+        await connection.execute(_INSERT_PERSONAL)
+        leaves: list[bytes] = []
+        hashes: list[tuple[int, int, Any, bytes]] = []
+        nodes: list[tuple[int, int, int, bytes]] = []
+        frontier, place = Frontier(), (0, None)
+        while True:
+            rows = await connection.fetch(
+                _SELECT_LEAVES, place[0], place[1] or "00000000-0000-0000-0000-000000000000"
+            )
+            if not rows:
+                break
+            for row in rows:
+                leaves.append(encoded(tuple(row)))
+                digest = leaf_hash(leaves[-1])
+                hashes.append((1, len(hashes), row["id"], digest))
+                nodes += [(1, n.level, n.index, n.hash) for n in frontier.append(digest)]
+            place = (int(rows[-1]["commit_order"]), rows[-1]["id"])
+        signer = NoteSigner("bench.example/audit/1", Ed25519PrivateKey.generate())
+        origin = signer.verifier.name
+        note = Checkpoint(origin=origin, size=frontier.size, root=frontier.root()).signed(signer)
+        await connection.execute(
+            "INSERT INTO audit_logs VALUES (1, $1, $2, '', 0, clock_timestamp())",
+            origin,
+            signer.verifier.public_key.public_bytes_raw(),
+        )
+        await connection.copy_records_to_table("audit_leaves", records=hashes)
+        await connection.copy_records_to_table("audit_nodes", records=nodes)
+        await connection.execute(
+            "INSERT INTO audit_checkpoints VALUES (1, $1, $2, $3, $4, clock_timestamp())",
+            frontier.size,
+            place[0],
+            place[1],
+            note,
+        )
+        await connection.execute("VACUUM ANALYZE")
+        return leaves
+    finally:
+        await connection.close(timeout=5)
+
+
+if __name__ == "__main__":
+    main()
