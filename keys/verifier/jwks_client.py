@@ -247,7 +247,12 @@ class JWKSClient:
     def _usable_keys(self, kid: str) -> Keys:
         now = self._clock()
         held = self._held
-        if held is None or now >= held.usable_until:
+        # A set that should have been fetched anew cannot tell that a key does not exist.
+        good_until = 0.0
+        if held is not None:
+            cannot_tell = kid not in held.keys and self._failures_in_a_row > 0
+            good_until = held.fresh_until if cannot_tell else held.usable_until
+        if held is None or now >= good_until:
             with self._lock:
                 self._counts["refused_stale"] += 1
                 retry_after = max(self._next_fetch_at - now, _FETCH_INTERVAL)

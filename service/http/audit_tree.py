@@ -61,7 +61,7 @@ class AuditTreeController(Controller):
     path = "/"
     tags = ("Audit",)
 
-    @get("/audit-records/{record_id:uuid}/proof", opt={"action": Action.AUDIT_QUERY})
+    @get("/audit-records/{record_id:uuid}/proof", opt={"action": Action.AUDIT_INCLUSION})
     async def inclusion(
         self,
         record_id: FromPath[UUID],
@@ -81,7 +81,7 @@ class AuditTreeController(Controller):
             checkpoint=proof.head.note.decode(),
         )
 
-    @get("/audit/consistency", opt={"action": Action.AUDIT_QUERY})
+    @get("/audit/consistency", opt={"action": Action.AUDIT_CONSISTENCY})
     async def consistency(
         self,
         operator: NamedDependency[Operator],

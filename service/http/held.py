@@ -52,7 +52,7 @@ class HeldCredentialController(Controller):
     path = "/credentials/confirm"
     tags = ("Service users",)
 
-    @post("/", status_code=200, opt={"action": Action.CREDENTIAL_CONFIRM})
+    @post("/", status_code=200, opt={"action": Action.CREDENTIAL_CONFIRM_ALL})
     async def confirm(
         self,
         data: JSONBody[NewConfirmation],

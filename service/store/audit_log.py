@@ -42,27 +42,33 @@ SELECT service_user_id, credential_id, signing_input_sha256
   FROM audit_records WHERE id = $1 AND action = 'token.issue' AND outcome = 'success'
 """
 
-# The page is found first: what else belongs to its records is looked up for those alone.
+# Where the records of a page stand is found first, from an index alone if there is one for that:
+# what belongs to them is looked up for those few.
 _SELECT_RECORDS = """
 WITH page AS (
-    SELECT r.id, r.commit_order, r.recorded_at, r.occurred_at, r.action, r.outcome, r.reason,
-           r.service_user_id, r.service_user, r.source_system, r.version, r.credential_id,
-           r.actor_id, r.actor, r.actor_credential_id, r.jti, r.kid, r.iat, r.exp, r.aud, r.scope,
-           r.signing_input_sha256, r.request_id, r.repeats, r.details, r.personal_sha256
-      FROM {source}
-     WHERE r.commit_order < audit_horizon_1() {conditions}
-     ORDER BY r.commit_order {direction}, r.id {direction} LIMIT {limit}
+    SELECT {key}.commit_order, {key}.id FROM {source}
+     WHERE {key}.commit_order < audit_horizon_1() {conditions}
+     ORDER BY {key}.commit_order {direction}, {key}.id {direction} LIMIT {limit}
 )
-SELECT page.*, l.leaf_index, p.salt, p.client_address, p.user_agent, p.resource, p.department
-  FROM page LEFT JOIN audit_leaves l ON l.id = page.id LEFT JOIN audit_personal p ON p.id = page.id
+SELECT r.id, r.commit_order, r.recorded_at, r.occurred_at, r.action, r.outcome, r.reason,
+       r.service_user_id, r.service_user, r.source_system, r.version, r.credential_id,
+       r.actor_id, r.actor, r.actor_credential_id, r.jti, r.kid, r.iat, r.exp, r.aud, r.scope,
+       r.signing_input_sha256, r.request_id, r.repeats, r.details, r.personal_sha256,
+       l.leaf_index, p.salt, p.client_address, p.user_agent, p.resource, p.department
+  FROM page
+  JOIN audit_records r ON r.id = page.id
+  LEFT JOIN audit_leaves l ON l.id = page.id
+  LEFT JOIN audit_personal p ON p.id = page.id
  ORDER BY page.commit_order {direction}, page.id {direction}
 """
 _RECORDS: Final = "audit_records r"
-_WITH_PERSONAL: Final = "audit_records r JOIN audit_personal p ON p.id = r.id"
+_PERSONAL: Final = "audit_personal p"
+_BOTH: Final = "audit_personal p JOIN audit_records r ON r.id = p.id"
 
 _NAMED: Final = "coalesce((SELECT su.id FROM service_users su WHERE su.name = {0}), {0})"
 
-# Field of RecordFilter -> its condition; `{}` is the parameter. Each has its index (0008).
+# Field of RecordFilter -> its condition; {0} is the parameter, {key} the table whose order leads.
+# Each has its index (0008).
 _CONDITIONS: Final = {
     "service_user": f"r.service_user_id = {_NAMED}",
     "source_system": "r.source_system = {0}",
@@ -77,13 +83,14 @@ _CONDITIONS: Final = {
     "kid": "r.kid = {0}",
     "client_address": "p.client_address = {0}",
     "department": "p.department = {0}",
-    "resource": 'p.resource COLLATE "C" ^@ {0}',
+    "resource": """p.resource <> '' AND p.resource COLLATE "C" ^@ {0}""",
     # An id is drawn shortly before its record is committed, or up to 7 days if it was reported.
     "since": "r.recorded_at >= {0}"
-    " AND r.id >= uuidv7_floor_1(greatest({0} - interval '8 days', to_timestamp(0)))",
+    " AND {key}.id >= uuidv7_floor_1(greatest({0} - interval '8 days', to_timestamp(0)))",
     "until": "r.recorded_at < {0}"
-    " AND r.id < uuidv7_floor_1(greatest({0} + interval '1 hour', to_timestamp(0)))",
+    " AND {key}.id < uuidv7_floor_1(greatest({0} + interval '1 hour', to_timestamp(0)))",
 }
+_PERSONAL_FILTERS: Final = frozenset({"client_address", "department", "resource"})
 _TYPES: Final = {"jti": "uuid", "since": "timestamptz", "until": "timestamptz"}
 
 
@@ -204,26 +211,32 @@ class AuditRecords:
         self, wanted: RecordFilter, *, cursor: str | None, newest_first: bool, limit: int
     ) -> Sequence[StoredRecord]:
         """Return records beyond the cursor, in the order of their commits or against it."""
-        conditions: list[str] = []
+        given = {
+            name: value
+            for name, value in msgspec.structs.asdict(wanted).items()
+            if value is not None
+        }
+        personal = given.keys() & _PERSONAL_FILTERS
+        key = "p" if personal else "r"
         arguments: list[Any] = []
 
         def parameter(value: object, kind: str) -> str:
             arguments.append(value)
             return f"${len(arguments)}::{kind}"
 
-        for name, value in msgspec.structs.asdict(wanted).items():
-            if value is not None:
-                placeholder = parameter(value, _TYPES.get(name, "text"))
-                conditions.append(_CONDITIONS[name].format(placeholder))
+        conditions = [
+            _CONDITIONS[name].format(parameter(value, _TYPES.get(name, "text")), key=key)
+            for name, value in given.items()
+        ]
         if cursor is not None:
             commit_order, record_id = parse_cursor(cursor)
             conditions.append(
-                f"(r.commit_order, r.id) {'<' if newest_first else '>'} "
+                f"({key}.commit_order, {key}.id) {'<' if newest_first else '>'} "
                 f"({parameter(commit_order, 'bigint')}, {parameter(record_id, 'uuid')})"
             )
-        personal = any(condition.startswith("p.") for condition in conditions)
         query = _SELECT_RECORDS.format(
-            source=_WITH_PERSONAL if personal else _RECORDS,
+            key=key,
+            source=_RECORDS if not personal else _PERSONAL if personal == given.keys() else _BOTH,
             conditions="".join(f"AND {condition} " for condition in conditions),
             direction="DESC" if newest_first else "ASC",
             limit=parameter(limit, "integer"),

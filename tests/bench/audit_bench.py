@@ -50,10 +50,11 @@ WITH made AS (
     INSERT INTO audit_leaves (log, leaf_index, id, leaf_hash)
     SELECT 0, n, id, sha256(n::text::bytea) FROM made
 ), personal AS (
-    INSERT INTO audit_personal (id, salt, client_address, user_agent, resource, department)
+    INSERT INTO audit_personal (
+        id, salt, client_address, user_agent, resource, department, commit_order)
     SELECT id, decode(md5(n::text), 'hex'), '192.0.2.' || n % 250, 'bench/1',
            CASE WHEN issued THEN '' ELSE 'document/' || n END,
-           CASE WHEN issued THEN '' ELSE 'department ' || n % 20 END
+           CASE WHEN issued THEN '' ELSE 'department ' || n % 20 END, n / 8
       FROM made
 )
 INSERT INTO audit_records (
@@ -84,6 +85,11 @@ QUERIES: Final = {
     "one credential's last 50": RecordFilter(credential_id=ONE_OF_THEM.replace("u", "r")),
     "the last 50 refusals": RecordFilter(outcome=Outcome.REFUSED),
     "one address, the last 50": RecordFilter(client_address="192.0.2.7"),
+    "one address of today": RecordFilter(
+        client_address="192.0.2.7", since=datetime.now(UTC) - timedelta(days=1)
+    ),
+    "documents that begin so": RecordFilter(resource="document/77"),
+    "documents": RecordFilter(resource="document/"),
     "an address of nobody": RecordFilter(client_address="198.51.100.1"),
     "an action of nobody": RecordFilter(action="document.search"),
     "the last 50": RecordFilter(),

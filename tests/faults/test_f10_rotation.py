@@ -7,17 +7,15 @@ form makes three rotations; FAULTS_LONG=1 makes fifty and more.
 import asyncio
 import os
 import random
-import shutil
-import subprocess
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import jwt
 import msgspec
@@ -240,7 +238,7 @@ class Trial:
 
 
 async def test_no_verifier_notices_a_rotation_and_an_emergency_only_for_as_long_as_it_caches(
-    database: Running, jose: None, capsys: pytest.CaptureFixture[str]
+    database: Running, node_packages: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     began = time.monotonic()
     async with _trial(database, PACE) as trial:
@@ -277,7 +275,7 @@ async def test_no_verifier_notices_a_rotation_and_an_emergency_only_for_as_long_
 
 
 async def test_the_same_check_finds_tokens_refused_when_a_new_key_signs_at_once(
-    database: Running, jose: None, capsys: pytest.CaptureFixture[str]
+    database: Running, node_packages: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with _trial(database, NO_LEAD) as trial:
         # What was fetched at first is kept for longer than all of these take.
@@ -293,20 +291,6 @@ async def test_the_same_check_finds_tokens_refused_when_a_new_key_signs_at_once(
         )
     assert trial.failed == []
     assert refusals != []
-
-
-@pytest.fixture(scope="module")
-def jose(skip_or_fail: Callable[[str], NoReturn]) -> None:
-    """See that there is node, and jose for it."""
-    npm = shutil.which("npm")
-    if shutil.which("node") is None or npm is None:
-        skip_or_fail("there is no node with npm")
-    # Written by npm at the end of an installation.
-    if not (NODE / "node_modules" / ".package-lock.json").exists():
-        install = (npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefer-offline")
-        done = subprocess.run(install, cwd=NODE, capture_output=True, text=True, timeout=120)
-        if done.returncode != 0:
-            skip_or_fail(f"npm ci failed in {NODE.name}/: {done.stderr}")
 
 
 @asynccontextmanager

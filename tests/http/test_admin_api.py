@@ -621,16 +621,15 @@ BAD_QUERIES: dict[str, int] = {
     f"{USERS}/me?x=1": 400,
     "/api/v1/signing-keys?state=active": 400,
     f"{LOG}?limit=1001": 422,
-    f"{LOG}?reason=x": 400,
+    f"{LOG}?colour=x": 400,
     f"{LOG}?service_user=%27%20OR%201=1--": 422,
     f"{LOG}?credential=su_aaaaaaaaaaaaaaaaaaaaaaaa": 422,
     f"{LOG}?action=nothing": 422,
     f"{LOG}?outcome=failure": 422,
-    f"{LOG}?action=null": 400,
+    f"{LOG}?action=null": 422,
     f"{LOG}?jti=NULL": 400,
     f"{LOG}?since=null": 400,
     f"{USERS}?status=null": 400,
-    f"{LOG}?request_id=a%20b": 422,
     f"{LOG}?request_id=a%0ab": 400,
     f"{LOG}?jti=7": 422,
     f"{LOG}?since=2026-01-01T00:00:00": 400,
@@ -650,7 +649,8 @@ async def test_a_query_that_is_not_understood_is_refused(operator: httpx.AsyncCl
     for url in BAD_QUERIES:
         answer = await operator.get(url)
         found[url] = int(answer.status_code)
-        problem(answer)
+        if not answer.is_success:
+            problem(answer)
     assert found == BAD_QUERIES
     for named_null in (f"{USERS}?cursor=null", f"{LOG}?service_user=null", f"{LOG}?actor=null"):
         assert (await operator.get(named_null)).status_code == 200
@@ -666,7 +666,7 @@ async def test_signing_keys_are_listed_in_the_order_of_their_publication(
     active, pending = listed
     assert active.keys() == {
         *("kid", "state", "bits", "published_at", "may_sign_from"),
-        *("activated_at", "rotate_at", "publish_until"),
+        *("activated_at", "rotate_at", "publish_until", "verifiers"),
     }
     # Postgres read its clock for each.
     beyond = at(active["rotate_at"]) - at(active["activated_at"]) - timedelta(days=30)

@@ -3,6 +3,7 @@
 It must not know how rights are checked: only whose token opens which door.
 """
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -41,6 +42,7 @@ class Door(NamedTuple):
     status: int
     action: str
     json: Mapping[str, Any] | None = None
+    query: str = ""
 
 
 READ, WRITE = AdminScope.SERVICE_USERS_READ, AdminScope.SERVICE_USERS_WRITE
@@ -63,7 +65,9 @@ ADMIN = {
     ("POST", f"{_ONE}/credentials/{{credential_id:str}}/confirm"): Door(
         WRITE, 200, "credential.confirm", {"reason": "a test"}
     ),
-    ("POST", "/credentials/confirm"): Door(WRITE, 200, "credential.confirm", {"reason": "a test"}),
+    ("POST", "/credentials/confirm"): Door(
+        WRITE, 200, "credential.confirm_all", {"reason": "a test"}
+    ),
     ("POST", f"{_ONE}/tokens"): Door(AdminScope.TOKENS_MINT, 201, "token.mint", {}),
     ("GET", "/signing-keys"): Door(AdminScope.SIGNING_KEYS_READ, 200, "signing_key.list"),
     ("POST", "/credentials/leaked"): Door(
@@ -71,6 +75,12 @@ ADMIN = {
     ),
     ("GET", "/audit-records"): Door(AdminScope.AUDIT_READ, 200, "audit.query"),
     ("GET", "/audit-records/export"): Door(AdminScope.AUDIT_READ, 200, "audit.export"),
+    ("GET", "/audit-records/{record_id:uuid}/proof"): Door(
+        AdminScope.AUDIT_READ, 200, "audit.inclusion"
+    ),
+    ("GET", "/audit/consistency"): Door(
+        AdminScope.AUDIT_READ, 200, "audit.consistency", query="?from=0"
+    ),
     ("POST", "/audit-events"): Door(
         AdminScope.AUDIT_REPORT,
         200,
@@ -129,23 +139,30 @@ class Place(NamedTuple):
     service_user_id: str
     credential_id: str
     kid: str
+    record_id: str
 
 
 async def knock(caller: httpx.AsyncClient, method: str, path: str, place: Place) -> httpx.Response:
     """Send the fitting request of ADMIN's `method` and `path`."""
     url = "/api/v1" + path
     for name, value in place._asdict().items():
-        url = url.replace(f"{{{name}:str}}", value)
+        url = url.replace(f"{{{name}:str}}", value).replace(f"{{{name}:uuid}}", value)
     headers = {"If-Match": '"2"'} if method == "PATCH" else {}
-    return await caller.request(method, url, json=ADMIN[method, path].json, headers=headers)
+    door = ADMIN[method, path]
+    return await caller.request(method, url + door.query, json=door.json, headers=headers)
 
 
 @pytest.fixture
-async def place(operator: httpx.AsyncClient, vkyc: Credential, authority: Authority) -> Place:
-    """vkyc-prod and its credential, and the key that signs."""
+async def place(
+    operator: httpx.AsyncClient, vkyc: Credential, authority: Authority, sql: SQL
+) -> Place:
+    """vkyc-prod and its credential, the key that signs, and a record that has its place."""
     assert authority.keys.ring.active is not None
     held = (await operator.get(f"{USERS}/{vkyc[0]}/credentials")).json()["credentials"]
-    return Place(vkyc[0], held[0]["id"], authority.keys.ring.active.kid)
+    async with asyncio.timeout(10):
+        while not (leaves := await sql("SELECT id FROM audit_leaves LIMIT 1")):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    return Place(vkyc[0], held[0]["id"], authority.keys.ring.active.kid, str(leaves[0]["id"]))
 
 
 async def test_a1_every_route_is_listed_here(authority: Authority) -> None:
@@ -218,7 +235,7 @@ async def test_a1_with_exactly_its_scope_each_door_opens(
     for number in range(len(ADMIN)):
         client_id, _ = await enrol(f"user-{number}", scopes=["ingest:write"])
         held = (await operator.get(f"{USERS}/{client_id}/credentials")).json()["credentials"]
-        places.append(Place(client_id, held[0]["id"], place.kid))
+        places.append(Place(client_id, held[0]["id"], place.kid, place.record_id))
     # The keys come last: whoever revokes the one that signs has to sign in again.
     for ((method, path), door), own in zip(ADMIN.items(), places, strict=True):
         scope = {"scope": door.scope} if door.scope else {}

@@ -46,9 +46,10 @@ WITH made AS (
             || '8' || lpad(to_hex(number), 15, '0')) AS digits, number
       FROM generate_series(1, $1) AS number
 ), personal AS (
-    INSERT INTO audit_personal (id, salt, client_address, user_agent, resource, department)
+    INSERT INTO audit_personal (id, salt, client_address, user_agent, resource, department,
+                                commit_order)
     SELECT lpad(digits, 32, '0')::uuid, '\\x00000000000000000000000000000000', '192.0.2.7',
-           'bulk', 'document/' || number, 'retail' FROM made
+           'bulk', 'document/' || number, 'retail', number FROM made
 )
 INSERT INTO audit_records (id, commit_order, recorded_at, action, outcome, service_user_id,
                            source_system, request_id, repeats, details)

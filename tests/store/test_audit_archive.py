@@ -15,6 +15,7 @@ from uuid import UUID
 
 import asyncpg
 import pytest
+from click.testing import CliRunner
 
 from keys.checkpoint import Checkpoint, NoteSigner
 from keys.envelope import KeyEncryptionKeys
@@ -23,6 +24,7 @@ from service.authority.audit.merkle import Frontier, inclusion_proof, leaf_hash,
 from service.authority.audit.verify import Finding, Flaw
 from service.authority.errors import Conflict
 from service.authority.model import Subject
+from service.cli import main
 from service.cli.audit_offline import Pinned, Verdict, verify_database, verify_files
 from service.store.audit_archive import (
     Archive,
@@ -96,7 +98,7 @@ class Log:
                 record_id,
                 index,
             )
-            self.ids.append(record_id)
+            self.ids.append(UUID(str(record_id)))
 
     async def sequence(self, *sizes: int) -> None:
         """Make leaves of the next records, in commits that end at these sizes."""
@@ -512,3 +514,43 @@ async def test_the_service_can_neither_archive_nor_erase(
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await service.execute(statement)
     assert await grown.owner.fetchval("SELECT count(*) FROM audit_personal") == COUNT
+
+
+# The commands
+
+
+async def test_the_commands_archive_what_is_old_enough_and_erase_only_when_asked_to(
+    grown: Log, database: Running, tmp_path: Path
+) -> None:
+    environ = {
+        "PRIVYSEAL_DATABASE_URL": database.owner_dsn.reveal(),
+        "PRIVYSEAL_DATA_DIR": str(tmp_path / "var"),
+        "PRIVYSEAL_AUDIT_KEY": grown.signer.verifier.vkey,
+    }
+
+    async def run(*arguments: str, **more: str) -> tuple[int, str]:
+        result = await asyncio.to_thread(
+            CliRunner().invoke, main, ["audit", *arguments], env={**environ, **more}
+        )
+        return result.exit_code, result.output
+
+    erasing = ("erase", "--match", "user_agent=curl", "--reason", "asked for")
+    assert await run(*erasing, "--dry-run") == (0, "40 records have personal values that match.\n")
+    assert (await run(*erasing))[0] == 2  # nobody can be asked
+    assert (await run("erase", "--match", "resource=x", "--reason", "asked for"))[0] == 2
+    to = ("archive", "--to", str(tmp_path / "kept"))
+    assert (await run(*to))[0] == 2
+    assert (await run(*to, "--month", "2026-13"))[0] == 2
+    code, out = await run(*to, "--month", "2025-05")
+    assert (code, "no month with records" in out) == (1, True)
+    code, out = await run(*to, "--json", PRIVYSEAL_AUDIT_RETENTION_MONTHS="1")
+    assert code == 0
+    assert [each["month"] for each in json.loads(out[: out.rindex("]") + 1])] == [MARCH, APRIL]
+    code, out = await run(*erasing, "--yes")
+    assert (code, out) == (0, "0 records have personal values that match.\n")
+    code, out = await run("verify", f"--database={database.service_dsn.reveal()}", "--json")
+    assert code == 0
+    assert json.loads(out)["logs"][0]["archived"] == {MARCH: 23, APRIL: 17}
+    kept = sorted(str(path) for path in (tmp_path / "kept").glob("*.json"))
+    code, out = await run("verify", *kept)
+    assert (code, out.count("Nothing was changed.")) == (0, 2)

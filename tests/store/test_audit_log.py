@@ -267,6 +267,25 @@ async def test_each_filter_selects_its_records_and_no_other(
         assert ids(found) == ids(expected), wanted
 
 
+async def test_what_is_personal_is_read_in_the_order_of_its_records(
+    log: AuditLog, audit_records: AuditRecords, act: MakeAct, superuser: Connection
+) -> None:
+    acts = [act(Action.AUDIT_QUERY, client_address="192.0.2.7", salt=bytes(16)) for _ in range(20)]
+    assert all(await asyncio.gather(*(log.append(record) for record in acts)))
+    everything = await read_until(audit_records, acts)
+    here = RecordFilter(client_address="192.0.2.7")
+    assert await read(audit_records, here) == everything
+    assert list(await read(audit_records, here, newest_first=True)) == list(everything)[::-1]
+    assert await read(audit_records, here, cursor=everything[6].cursor) == everything[7:]
+    since = msgspec.structs.replace(here, since=everything[0].recorded_at)
+    assert await read(audit_records, since, cursor=everything[6].cursor) == everything[7:]
+    (apart,) = await superuser.fetch(
+        "SELECT count(*) FROM audit_records r JOIN audit_personal p USING (id)"
+        " WHERE r.commit_order <> p.commit_order"
+    )
+    assert apart["count"] == 0
+
+
 async def test_a_token_leads_to_its_issuance_and_to_every_call_made_with_it(
     log: AuditLog,
     audit_records: AuditRecords,

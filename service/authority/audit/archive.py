@@ -30,6 +30,7 @@ _RUN: Final = 4_096
 """Lines that are examined at a time."""
 
 _encode = msgspec.json.Encoder().encode
+_sha256 = hashlib.sha256
 
 
 class ArchivedLine(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
@@ -172,7 +173,6 @@ def _proven(start: int, stop: int, subtree: Subtree, own: Claim) -> Part:
         last=None,
         findings=(),
         flaws=0,
-        leaf_bytes=0,
         claims=[own],
     )
 
@@ -182,31 +182,27 @@ def _examined(
 ) -> Part:
     findings: list[Finding] = []
     places: list[tuple[int, str]] = []
-    hashes: list[bytes] = []
-    erased = leaf_bytes = 0
+    erased = 0
     for line in lines:
-        leaf = bytes(line.leaf)
-        leaf_bytes += len(leaf)
-        digest = hashlib.sha256(b"\x00" + leaf).digest()
-        hashes.append(line.leaf_hash)
+        leaf = _sha256(b"\x00")
+        leaf.update(line.leaf)
         try:
-            member = _member_of(leaf)
+            member = _member_of(line.leaf)
         except msgspec.DecodeError:
             findings.append(_flaw(Flaw.EDITED, line, None, "was edited: it is no record"))
             continue
-        if digest != line.leaf_hash:
+        if leaf.digest() != line.leaf_hash:
             findings.append(_flaw(Flaw.EDITED, line, member.id, "was edited: it has another hash"))
-        places.append((int(member.commit_order), member.id))
-        if len(places) > 1 and places[-1] < places[-2]:
+        place = (int(member.commit_order), member.id)
+        if places and place < places[-1]:
             findings.append(
                 _flaw(Flaw.REORDERED, line, member.id, "stands behind one that was committed later")
             )
+        places.append(place)
         values = personal.of(line.leaf_index)
         if values is None:
             erased += member.personal_sha256 is not None
-        elif (
-            hashlib.sha256(values.salt + _encode(values.values)).digest() != member.personal_sha256
-        ):
+        elif _sha256(values.salt + _encode(values.values)).digest() != member.personal_sha256:
             findings.append(
                 _flaw(
                     Flaw.PERSONAL,
@@ -222,13 +218,12 @@ def _examined(
         records=len(lines),
         erased=erased,
         archived={},
-        subtrees=subtrees(hashes, start, cuts),
+        subtrees=subtrees([line.leaf_hash for line in lines], start, cuts),
         whole=True,
         first=places[0] if places else None,
         last=places[-1] if places else None,
         findings=findings,
         flaws=len(findings),
-        leaf_bytes=leaf_bytes,
         claims=[own],
     )
 
@@ -251,8 +246,8 @@ class _Personal:
         self._ahead = next(lines, None)
 
     def of(self, leaf_index: int) -> PersonalLine | None:
-        while self._ahead is not None and self._ahead.leaf_index < leaf_index:
+        while (ahead := self._ahead) is not None and ahead.leaf_index <= leaf_index:
             self._ahead = next(self._lines, None)
-        if self._ahead is not None and self._ahead.leaf_index == leaf_index:
-            return self._ahead
+            if ahead.leaf_index == leaf_index:
+                return ahead
         return None

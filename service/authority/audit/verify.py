@@ -105,7 +105,6 @@ class Part(Struct, frozen=True, kw_only=True):
     """Places of its records in the order of commits."""
     findings: Sequence[Finding]
     flaws: int
-    leaf_bytes: int
     nodes: Sequence[Node] = ()
     claims: Sequence[Claim] = ()
 
@@ -121,7 +120,7 @@ class Examination:
         self._hashes: list[bytes] = []
         self._places: list[tuple[int, str]] = []
         self._indexes: list[int] = []
-        self._records = self._erased = self._flaws = self._leaf_bytes = 0
+        self._records = self._erased = self._flaws = 0
         self._archived: Counter[str] = Counter()
         self._findings: list[Finding] = []
         self._whole = True
@@ -144,7 +143,6 @@ class Examination:
             except NotEncodable as error:
                 self._found(Flaw.EDITED, index, leaf_id, f"was edited: {error}")
                 continue
-            self._leaf_bytes += len(leaf)
             if _sha256(b"\x00" + leaf).digest() != leaf_hash:
                 self._found(Flaw.EDITED, index, leaf_id, "was edited: it has another hash")
             personal_sha256 = members[_PERSONAL_SHA256]
@@ -186,7 +184,6 @@ class Examination:
             last=self._places[-1] if self._places else None,
             findings=self._findings,
             flaws=self._flaws,
-            leaf_bytes=self._leaf_bytes,
             nodes=nodes,
             claims=claims,
         )
@@ -243,7 +240,6 @@ class LogReport(Struct, frozen=True, kw_only=True):
     flaws: int
     compared_outside: int
     compared_inside: int
-    leaf_bytes: int
 
     @property
     def first_bad(self) -> Finding | None:
@@ -272,7 +268,7 @@ class LogCheck:
         self._agreed = {True: 0, False: 0}
         self._whole = True
         self._last: tuple[int, str] | None = None
-        self._records = self._erased = self._flaws = self._leaf_bytes = 0
+        self._records = self._erased = self._flaws = 0
         self._archived: Counter[str] = Counter()
         self._findings: list[Finding] = []
         self._refuted: set[str] = set()
@@ -292,7 +288,6 @@ class LogCheck:
         self._archived.update(part.archived)
         self._findings += part.findings[: MAX_FINDINGS - len(self._findings)]
         self._flaws += part.flaws
-        self._leaf_bytes += part.leaf_bytes
         if self._last and part.first and part.first < self._last:
             self._found(Flaw.REORDERED, part.start, "Records before {} belong behind it.")
         self._last = part.last or self._last
@@ -343,7 +338,6 @@ class LogCheck:
             flaws=self._flaws,
             compared_outside=len(self._compared[True]),
             compared_inside=len(self._compared[False]),
-            leaf_bytes=self._leaf_bytes,
         )
 
     def _not_compared(self, claim: Claim) -> None:

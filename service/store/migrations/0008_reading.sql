@@ -21,10 +21,17 @@ CREATE INDEX audit_records_by_outcome ON audit_records (outcome, commit_order, i
 CREATE INDEX audit_records_by_reason ON audit_records (reason, commit_order, id)
     WHERE reason IS NOT NULL;
 
--- What is personal can leave: it is indexed where it stands.
-CREATE INDEX audit_personal_by_address ON audit_personal (client_address, id)
+-- What is personal can leave, and is indexed where it stands: so that has the order of commits,
+-- too. The default is that of its record, which the same transaction writes.
+ALTER TABLE audit_personal ADD COLUMN commit_order bigint;
+UPDATE audit_personal p SET commit_order = r.commit_order FROM audit_records r WHERE r.id = p.id;
+ALTER TABLE audit_personal ALTER COLUMN commit_order SET NOT NULL, ALTER COLUMN commit_order
+    SET DEFAULT audit_era_floor_1() + pg_current_xact_id()::text::bigint;
+
+CREATE INDEX audit_personal_by_address ON audit_personal (client_address, commit_order, id)
     WHERE client_address <> '';
-CREATE INDEX audit_personal_by_department ON audit_personal (department, id)
+CREATE INDEX audit_personal_by_department ON audit_personal (department, commit_order, id)
     WHERE department <> '';
-CREATE INDEX audit_personal_by_resource ON audit_personal (resource COLLATE "C", id)
+-- The collation in which a prefix is a range.
+CREATE INDEX audit_personal_by_resource ON audit_personal (resource COLLATE "C", commit_order, id)
     WHERE resource <> '';
