@@ -94,13 +94,14 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _record(number: int) -> dict[str, Any]:
-    names = ("reason", "service_user_id", "service_user", "actor", "client_address")
+    names = ("reason", "service_user_id", "actor", "client_address")
     return {
         "id": number,
         "cursor": f"{number}.00000000-0000-7000-8000-{number:012}",
         "recorded_at": "2026-11-24T20:00:00Z",
         "action": "token.issue",
         "outcome": "success",
+        "service_user": "kyc\x1b[2J\u202e",
         **dict.fromkeys(names),
     }
 
@@ -179,4 +180,4 @@ def test_a_text_line_of_a_tail_cannot_steer_the_terminal(stand_in: StandIn) -> N
     stand_in.visible = 1
     process = start(stand_in, "audit", "tail", "--from-start")
     printed, _ = process.communicate(timeout=WITHIN)
-    assert printed == "2026-11-24 20:00:00Z  token.issue  success  -  -  -\n"
+    assert printed == "2026-11-24 20:00:00Z  token.issue  success  kyc\\x1b[2J\\u202e  -  -\n"
