@@ -20,6 +20,7 @@ from service.authority.model import (
     CREDENTIAL_ID,
     KID,
     NAME,
+    PRINTABLE,
     SERVICE_USER_ID,
     SOURCE_SYSTEM,
     AdminScope,
@@ -35,14 +36,27 @@ SourceSystemQuery = Annotated[str | None, QueryParameter(pattern=SOURCE_SYSTEM)]
 CredentialQuery = Annotated[str | None, QueryParameter(pattern=CREDENTIAL_ID)]
 # One of ours, or what another service calls its own.
 ActionQuery = Annotated[str | None, QueryParameter(pattern=r"^[a-z_]{1,32}\.[a-z_]{1,32}$")]
-RequestIdQuery = Annotated[str | None, QueryParameter(min_length=1, max_length=128)]
-ReasonQuery = Annotated[str | None, QueryParameter(min_length=1, max_length=200)]
+RequestIdQuery = Annotated[
+    str | None, QueryParameter(min_length=1, max_length=128, pattern=PRINTABLE["pattern"])
+]
+ReasonQuery = Annotated[
+    str | None, QueryParameter(min_length=1, max_length=200, pattern=PRINTABLE["pattern"])
+]
 KidQuery = Annotated[str | None, QueryParameter(pattern=KID)]
-AddressQuery = Annotated[str | None, QueryParameter(min_length=1, max_length=64)]
-DepartmentQuery = Annotated[str | None, QueryParameter(min_length=1, max_length=128)]
+AddressQuery = Annotated[
+    str | None, QueryParameter(min_length=1, max_length=64, pattern=PRINTABLE["pattern"])
+]
+DepartmentQuery = Annotated[
+    str | None, QueryParameter(min_length=1, max_length=128, pattern=PRINTABLE["pattern"])
+]
 ResourceQuery = Annotated[
     str | None,
-    QueryParameter(min_length=1, max_length=300, description="The beginning of a resource."),
+    QueryParameter(
+        min_length=1,
+        max_length=300,
+        pattern=PRINTABLE["pattern"],
+        description="The beginning of a resource.",
+    ),
 ]
 PageSize = Annotated[int, QueryParameter(ge=1, le=1000)]
 Cursor = Annotated[

@@ -25,7 +25,10 @@ from service.http.well_known import send_missing, send_public
 CHECKPOINT_PATH: Final = "/api/v1/audit/checkpoint"
 
 OldSize = Annotated[int, QueryParameter(name="from", ge=0, le=2**53 - 1)]
-Size = Annotated[int | None, QueryParameter(name="to", ge=0, le=2**53 - 1)]
+Size = Annotated[
+    int,
+    QueryParameter(name="to", ge=0, le=2**53 - 1, description="0: that of the newest checkpoint."),
+]
 
 
 class InclusionProof(Struct, frozen=True, kw_only=True):
@@ -87,11 +90,11 @@ class AuditTreeController(Controller):
         operator: NamedDependency[Operator],
         tree: NamedDependency[SkipValidation[ProvableLog]],
         old_size: OldSize = 0,
-        size: Size = None,
+        size: Size = 0,
     ) -> ConsistencyProof:
         """Prove that the log only grew between two sizes that checkpoints name."""
         operator.require(AdminScope.AUDIT_READ)
-        proof = await prove_consistency(tree, old_size, size)
+        proof = await prove_consistency(tree, old_size, size or None)
         return ConsistencyProof(
             old_tree_size=proof.old_size, tree_size=proof.size, hashes=_all_base64(proof.hashes)
         )

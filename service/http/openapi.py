@@ -108,6 +108,10 @@ def complete(app: Litestar) -> None:
                     operation.responses["default"] = _REFUSAL
         if item.patch is not None:
             item.patch.parameters = [*(item.patch.parameters or []), _IF_MATCH]
+    export = schema.paths["/api/v1/audit-records/export"].get
+    assert export is not None
+    assert export.responses is not None
+    export.responses["200"] = _EXPORT
     schema.paths.update(RAW_ROUTES)
 
 
@@ -155,6 +159,15 @@ _REFUSAL: Final = OpenAPIResponse(
         "application/problem+json": OpenAPIMediaType(
             schema=Reference(ref="#/components/schemas/Problem")
         )
+    },
+)
+
+
+_EXPORT: Final = OpenAPIResponse(
+    description="The records, as they come. An answer that breaks off is incomplete.",
+    content={
+        media_type: OpenAPIMediaType(schema=_STRING)
+        for media_type in ("application/x-ndjson", "text/csv")
     },
 )
 

@@ -65,6 +65,16 @@ _RECORDS: Final = "audit_records r"
 _PERSONAL: Final = "audit_personal p"
 _BOTH: Final = "audit_personal p JOIN audit_records r ON r.id = p.id"
 
+BROAD: Final = 1_000_000
+"""A prefix of more names than that is looked for in the order of commits: to sort all of them would
+take longer than a second, and among so many the next ones are near."""
+
+_SELECT_IS_BROAD: Final = """
+SELECT count(*) > $2
+  FROM (SELECT FROM audit_personal p
+         WHERE p.resource <> '' AND p.resource COLLATE "C" ^@ $1 LIMIT $2::bigint + 1) AS found
+"""
+
 _NAMED: Final = "coalesce((SELECT su.id FROM service_users su WHERE su.name = {0}), {0})"
 
 # Field of RecordFilter -> its condition; {0} is the parameter, {key} the table whose order leads.
@@ -187,8 +197,9 @@ class PostgresRecordWriter:
 class AuditRecords:
     """Implements `authority.audit.RecordReader` and `authority.operators.Issuances`."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, broad: int = BROAD) -> None:
         self._database = database
+        self._broad = broad
 
     async def issuance(self, jti: UUID) -> Issuance | None:
         """Return the issuance of this token and how its holder stands now."""
@@ -211,41 +222,57 @@ class AuditRecords:
         self, wanted: RecordFilter, *, cursor: str | None, newest_first: bool, limit: int
     ) -> Sequence[StoredRecord]:
         """Return records beyond the cursor, in the order of their commits or against it."""
-        given = {
-            name: value
-            for name, value in msgspec.structs.asdict(wanted).items()
-            if value is not None
-        }
-        personal = given.keys() & _PERSONAL_FILTERS
-        key = "p" if personal else "r"
-        arguments: list[Any] = []
-
-        def parameter(value: object, kind: str) -> str:
-            arguments.append(value)
-            return f"${len(arguments)}::{kind}"
-
-        conditions = [
-            _CONDITIONS[name].format(parameter(value, _TYPES.get(name, "text")), key=key)
-            for name, value in given.items()
-        ]
-        if cursor is not None:
-            commit_order, record_id = parse_cursor(cursor)
-            conditions.append(
-                f"({key}.commit_order, {key}.id) {'<' if newest_first else '>'} "
-                f"({parameter(commit_order, 'bigint')}, {parameter(record_id, 'uuid')})"
-            )
-        query = _SELECT_RECORDS.format(
-            key=key,
-            source=_RECORDS if not personal else _PERSONAL if personal == given.keys() else _BOTH,
-            conditions="".join(f"AND {condition} " for condition in conditions),
-            direction="DESC" if newest_first else "ASC",
-            limit=parameter(limit, "integer"),
-        )
+        place = None if cursor is None else parse_cursor(cursor)
         async with self._database.connection() as connection:
+            broad = wanted.resource is not None and await connection.fetchval(
+                _SELECT_IS_BROAD, wanted.resource, self._broad
+            )
+            query, arguments = _page_query(wanted, place, newest_first, limit, broad=broad)
             # Not from the cache of statements: after a few uses Postgres may take one plan for all
             # values there, and those of a filter are as rare or as common as they come.
             statement = await connection.prepare(query)
             return [_stored_record(row) for row in await statement.fetch(*arguments)]
+
+
+def _page_query(
+    wanted: RecordFilter,
+    place: tuple[int, UUID] | None,
+    newest_first: bool,
+    limit: int,
+    *,
+    broad: bool,
+) -> tuple[str, list[Any]]:
+    """Return the query of a page beyond `place`, and its arguments."""
+    given = {
+        name: value for name, value in msgspec.structs.asdict(wanted).items() if value is not None
+    }
+    source, key = _RECORDS, "r"
+    if personal := given.keys() & _PERSONAL_FILTERS:
+        source = _PERSONAL if personal == given.keys() and not broad else _BOTH
+        key = "r" if broad else "p"
+    arguments: list[Any] = []
+
+    def parameter(value: object, kind: str) -> str:
+        arguments.append(value)
+        return f"${len(arguments)}::{kind}"
+
+    conditions = [
+        _CONDITIONS[name].format(parameter(value, _TYPES.get(name, "text")), key=key)
+        for name, value in given.items()
+    ]
+    if place is not None:
+        conditions.append(
+            f"({key}.commit_order, {key}.id) {'<' if newest_first else '>'} "
+            f"({parameter(place[0], 'bigint')}, {parameter(place[1], 'uuid')})"
+        )
+    query = _SELECT_RECORDS.format(
+        key=key,
+        source=source,
+        conditions="".join(f"AND {condition} " for condition in conditions),
+        direction="DESC" if newest_first else "ASC",
+        limit=parameter(limit, "integer"),
+    )
+    return query, arguments
 
 
 def parse_cursor(cursor: str) -> tuple[int, UUID]:

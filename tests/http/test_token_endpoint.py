@@ -673,6 +673,11 @@ async def test_an_exchange_is_on_record_with_all_that_is_known_of_it(
         "user_agent": "vkyc/1.0",
         "resource": "",
         "department": "",
+        "jti": claims["jti"],
+        "leaf_index": record["leaf_index"],
+        "occurred_at": None,
+        "personal_salt": record["personal_salt"],
+        "personal_sha256": record["personal_sha256"],
     }
 
 

@@ -58,6 +58,16 @@ SKEW = 60
 API_AUDIENCE = "https://tokens.example/api/v1"
 
 
+@pytest.fixture(autouse=True)
+def keep_logging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that runs inside of a test must not configure the logging of those after it."""
+
+    def leave_it(_: str) -> None:
+        pass
+
+    monkeypatch.setattr("service.cli.server.configure_logging", leave_it)
+
+
 @contextmanager
 def fresh_data_dir() -> Generator[Path, None, None]:
     # Not tmp_path: the server may run as nobody, who cannot pass through that.

@@ -286,6 +286,27 @@ async def test_what_is_personal_is_read_in_the_order_of_its_records(
     assert apart["count"] == 0
 
 
+async def test_a_prefix_that_half_of_the_log_has_finds_the_same_as_one_that_few_have(
+    log: AuditLog, audit_records: AuditRecords, act: MakeAct, pool: Database
+) -> None:
+    acts = [
+        act(Action.AUDIT_QUERY, resource=f"kyc/{number}", salt=bytes(16)) for number in range(5)
+    ]
+    elsewhere = act(Action.AUDIT_QUERY, resource="loans/1", salt=bytes(16))
+    for record in (*acts, elsewhere):
+        assert await log.append(record)
+    shown = await read_until(audit_records, acts, RecordFilter(resource="kyc/"))
+    for broad in (4, 5):
+        records = AuditRecords(pool, broad=broad)
+        for wanted in (
+            RecordFilter(resource="kyc/"),
+            RecordFilter(resource="kyc/", action="audit.query"),
+        ):
+            assert await read(records, wanted) == shown
+            assert await read(records, wanted, cursor=shown[1].cursor) == shown[2:]
+            assert await read(records, wanted, newest_first=True, limit=2) == shown[:-3:-1]
+
+
 async def test_a_token_leads_to_its_issuance_and_to_every_call_made_with_it(
     log: AuditLog,
     audit_records: AuditRecords,

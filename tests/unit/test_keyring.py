@@ -330,4 +330,4 @@ class Installation(RuleBasedStateMachine):
 
 
 TestInstallation = Installation.TestCase
-TestInstallation.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestInstallation.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -11,7 +11,7 @@ from msgspec import Struct
 from service.authority.audit.continuity import Head, LogReader
 from service.authority.audit.leaf import Leaf
 from service.authority.audit.merkle import consistency_proof, inclusion_proof
-from service.authority.errors import Invalid, NotFound
+from service.authority.errors import NotFound
 
 
 class PlaceInLog(Struct, frozen=True, kw_only=True):
@@ -66,7 +66,7 @@ async def prove_inclusion(log: ProvableLog, record_id: UUID) -> Inclusion:
 async def prove_consistency(log: ProvableLog, old_size: int, size: int | None) -> Consistency:
     """Return the proof between two sizes of the newest log; None is its newest.
 
-    Raise NotFound before there is a head, Invalid for sizes that it never had, StoreUnavailable,
+    Raise NotFound before there is a head and for sizes that it never had, StoreUnavailable,
     HashesMissing.
     """
     current = await log.current()
@@ -75,6 +75,8 @@ async def prove_consistency(log: ProvableLog, old_size: int, size: int | None) -
         raise NotFound("The log has no checkpoint yet.")
     size = head.size if size is None else size
     if not old_size <= size <= head.size:
-        raise Invalid(f"Expected from <= to <= {head.size}, the size of the newest checkpoint.")
+        raise NotFound(
+            f"No such proof: expected from <= to <= {head.size}, the size of the newest checkpoint."
+        )
     hashes = await consistency_proof(old_size, size, log.hashes(current.number))
     return Consistency(old_size=old_size, size=size, hashes=hashes)
