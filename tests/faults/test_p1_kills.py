@@ -30,7 +30,7 @@ CLIENTS = 8
 EXCHANGES_A_CONNECTION = 20  # so that a worker that came back gets its share
 WORKERS = 2
 ALL_SERVE_DEADLINE = 20.0
-PARENT_GONE_DEADLINE = 5.0
+PARENT_GONE_DEADLINE = 15.0
 
 COUNT_MISSING = """
 SELECT count(*) FROM unnest($1::uuid[]) AS received (jti)
