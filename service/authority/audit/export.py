@@ -24,7 +24,7 @@ from service.authority.errors import TooMany
 from service.authority.model import AdminScope, ClientAddress, Clock
 from service.authority.operators import Operator, Operators
 
-PAGE: Final = 500
+PAGE: Final = 200
 """Records at a time, so that the requests of this process never wait long for the event loop."""
 
 MAX_EXPORTS: Final = 2
