@@ -14,6 +14,10 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnec
 from typing import TypeVar
 from urllib.parse import SplitResult, urlsplit
 
+# getaddrinfo imports this codec at its first use: a fork in the middle of that would leave the
+# child an import that never ends.
+"localhost".encode("idna")
+
 MAX_BODY_BYTES = 1024 * 1024
 MIN_MAX_AGE = 10.0
 MAX_MAX_AGE = 86_400.0

@@ -167,4 +167,6 @@ def _locked(folder: Path) -> Generator[None]:
     try:
         yield
     finally:
+        # Not only closed: a child that was forked meanwhile holds a copy, and would hold the lock.
+        fcntl.flock(lock, fcntl.LOCK_UN)
         os.close(lock)
