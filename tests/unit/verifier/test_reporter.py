@@ -773,6 +773,9 @@ def test_a_forked_child_reports_for_itself(
 ) -> None:
     program = """
 from keys.verifier import Verifier
+def said_all():  # the call, and which keys it has loaded
+    while reporter.stats()["events_sent"] < 2:
+        time.sleep(0.02)
 verifier = Verifier(issuer, "ingest", issuer + "/keys", reporter=reporter)
 call("documents/parent")
 if os.fork() == 0:
@@ -780,9 +783,11 @@ if os.fork() == 0:
     assert reporter.stats()["events_sent"] == reporter.stats()["events_queued"] == 0
     verifier.start()
     call("documents/child")
+    said_all()
     reporter.close()
     os._exit(0)
 os.wait()
+said_all()
 reporter.close()
 """
     process = _run(program, authority.issuer, tmp_path / "spool", 1)
