@@ -35,7 +35,7 @@ PARENT_GONE_DEADLINE = 15.0
 COUNT_MISSING = """
 SELECT count(*) FROM unnest($1::uuid[]) AS received (jti)
  WHERE NOT EXISTS (SELECT FROM audit_records
-                    WHERE id = jti AND action = 'token.issue' AND outcome = 'success')
+                    WHERE id = received.jti AND action = 'token.issue' AND outcome = 'success')
 """
 COUNT_RECORDS = """
 SELECT count(*) FROM audit_records
