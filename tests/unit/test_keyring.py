@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
@@ -23,6 +24,7 @@ from keys.keyring import (
     concerns,
     next_step,
 )
+from keys.signer import LocalSigner
 
 MakeKey = Callable[..., SigningKey]
 
@@ -149,16 +151,13 @@ def test_a_gate_that_waits_does_not_keep_a_key_published_that_has_ended(
     assert next_step(ring, POLICY, now + HOUR, waiting) == Retire(kid="oldest")
 
 
-class CanSign:
-    async def sign(self, data: bytes) -> bytes:
-        raise NotImplementedError(data)
-
-
 def test_a_person_hears_weeks_before_that_a_rotation_will_fail(
-    signing_key: MakeKey, now: float
+    signing_key: MakeKey, now: float, rsa_keys: list[rsa.RSAPrivateKey]
 ) -> None:
-    active = signing_key("old", KeyState.ACTIVE, rotate_at=now + 20 * DAY, signer=CanSign())
-    pending = signing_key("next", KeyState.PENDING, published_at=now - DAY, signer=CanSign())
+    with ThreadPoolExecutor(1) as executor:
+        signer = LocalSigner(rsa_keys[0], executor)
+    active = signing_key("old", KeyState.ACTIVE, rotate_at=now + 20 * DAY, signer=signer)
+    pending = signing_key("next", KeyState.PENDING, published_at=now - DAY, signer=signer)
     waiting = frozenset({"https://ingest.example"})
 
     def found(
