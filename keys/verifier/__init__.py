@@ -6,7 +6,7 @@ this package alone, as `privyseal_verifier`.
 
 from .jwk import InvalidJWKS, encode_jwks, parse_jwks, public_jwk, thumbprint
 from .jwks_client import JWKSClient, KeysUnavailable, discover
-from .jwt import InvalidToken, SignedClaims, UnverifiedJWT, decode
+from .jwt import InvalidToken, SignedClaims, UnknownKey, UnverifiedJWT, decode
 from .middleware import BearerMiddleware, Refusal, describe, require_scope
 from .reporter import Reporter
 from .verifier import Verifier
@@ -20,6 +20,7 @@ __all__ = [
     "Refusal",
     "Reporter",
     "SignedClaims",
+    "UnknownKey",
     "UnverifiedJWT",
     "Verifier",
     "decode",

@@ -50,6 +50,10 @@ class InvalidToken(Exception):
         super().__init__(describable(reason))
 
 
+class UnknownKey(InvalidToken):
+    """The token names a key that is not among the keys at hand; they may have changed since."""
+
+
 def describable(text: str) -> str:
     """Return `text` with `?` for each character that RFC 6750 §3 keeps out of a description."""
     return _NOT_DESCRIPTION.sub("?", text)
@@ -252,7 +256,7 @@ def _check_signature(unverified_jwt: UnverifiedJWT, keys: Mapping[str, RSAPublic
     key = keys.get(unverified_jwt.kid)
     if key is None:
         found = shown(unverified_jwt.kid)
-        raise InvalidToken(f"kid: expected one of the issuer's published keys, found {found}")
+        raise UnknownKey(f"kid: expected one of the issuer's published keys, found {found}")
     # RFC 8017 §8.2.2: a signature of another length, or not below the modulus, does not verify.
     if not _RS256.verify(unverified_jwt.signing_input, key, unverified_jwt.signature):
         raise InvalidToken(f"signature: expected one by key {unverified_jwt.kid}, found another")

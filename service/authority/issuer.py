@@ -46,7 +46,7 @@ from service.authority.model import (
     Subject,
     TokenRequest,
 )
-from service.authority.operators import Operator, Operators
+from service.authority.operators import KeyRings, Operator, Operators
 
 SIGN_DEADLINE: Final = 2.0
 """Seconds; a signer in an HSM may hang."""
@@ -72,18 +72,6 @@ class WholeLog(Protocol):
 
     def require(self) -> None:
         """Raise AuditUnavailable unless it was found whole when it was last compared."""
-        ...
-
-
-class KeyRings(Protocol):
-    """Reads the ring of signing keys, from memory or from Postgres."""
-
-    async def cached(self) -> KeyRing:
-        """Return the ring that this process last read."""
-        ...
-
-    async def fresh(self) -> KeyRing:
-        """Return the ring that is committed now; raise StoreUnavailable."""
         ...
 
 

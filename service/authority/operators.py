@@ -12,7 +12,7 @@ from uuid import UUID
 from msgspec import Struct
 
 from keys.keyring import KeyRing
-from keys.verifier import InvalidToken, decode
+from keys.verifier import InvalidToken, SignedClaims, UnknownKey, decode
 from service.authority.errors import Forbidden, TemporarilyUnavailable, Unauthenticated
 from service.authority.model import (
     ADMIN_SCOPES,
@@ -42,11 +42,15 @@ class Issuances(Protocol):
         ...
 
 
-class CurrentKeys(Protocol):
-    """The ring of this process."""
+class KeyRings(Protocol):
+    """Reads the ring of signing keys, from memory or from Postgres."""
 
     async def cached(self) -> KeyRing:
         """Return the ring that this process last read."""
+        ...
+
+    async def fresh(self) -> KeyRing:
+        """Return the ring that is committed now; raise StoreUnavailable."""
         ...
 
 
@@ -88,7 +92,7 @@ class Operators:
         *,
         issuer: str,
         api_audience: str,
-        keys: CurrentKeys,
+        keys: KeyRings,
         issuances: Issuances,
         clock: Clock,
         clock_skew: float,
@@ -102,16 +106,8 @@ class Operators:
 
     async def authenticate(self, unverified_token: str) -> Operator:
         """Return whose token this is; raise Unauthenticated, or StoreUnavailable."""
-        ring = await self._keys.cached()
         try:
-            claims = decode(
-                unverified_token,
-                ring.published,
-                issuer=self._issuer,
-                audience=self._api_audience,
-                now=self._clock(),
-                skew=self._clock_skew,
-            )
+            claims = await self._verified(unverified_token)
         except InvalidToken as error:
             raise Unauthenticated(str(error)) from error
         jti = UUID(claims.jti)
@@ -123,6 +119,23 @@ class Operators:
         ):
             raise Unauthenticated("This token was not issued here: no record of it exists.")
         return self._operator(jti, issuance, frozenset(claims.scope))
+
+    async def _verified(self, unverified_token: str) -> SignedClaims:
+        try:
+            return self._decoded(unverified_token, await self._keys.cached())
+        except UnknownKey:
+            # An emergency's new key signs at once, maybe in a process that heard of it before.
+            return self._decoded(unverified_token, await self._keys.fresh())
+
+    def _decoded(self, unverified_token: str, ring: KeyRing) -> SignedClaims:
+        return decode(
+            unverified_token,
+            ring.published,
+            issuer=self._issuer,
+            audience=self._api_audience,
+            now=self._clock(),
+            skew=self._clock_skew,
+        )
 
     async def present(self, operator: Operator) -> Operator:
         """Return the same operator as of now; raise Unauthenticated if it is live no more."""

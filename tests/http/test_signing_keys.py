@@ -496,6 +496,25 @@ async def test_k9_revoke_all_leaves_nothing_that_the_old_kek_opens(
     assert record["kid"] == revocation["signing_kid"]
 
 
+async def test_a_process_that_has_not_heard_of_the_new_key_accepts_its_token_at_once(
+    authority: Authority,
+    settings: Settings,
+    start: Callable[..., Awaitable[Authority]],
+    operator: httpx.AsyncClient,
+    operator_credential: Credential,
+) -> None:
+    deaf = await start(deaf=True)
+    answer = await operator.post(f"{KEYS}/revoke-all", json=REASON)
+    assert answer.status_code == 200, answer.text
+    token = await exchange(authority, settings, operator_credential)
+    assert kid_of(token) not in deaf.keys.ring.published
+    app: Any = deaf.asgi
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url=settings.issuer) as client:
+        answer = await client.get(KEYS, headers={"Authorization": f"Bearer {token}"})
+    assert answer.status_code == 200, answer.text
+
+
 # Key-encryption keys
 
 
