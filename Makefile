@@ -43,7 +43,7 @@ run: install ## Start authority and example ingest service (PORT=8080 INGEST_POR
 
 test: install ## Run all tests; those that this machine cannot run say why
 	$(BIN)/pytest --durations=20 -n 2 tests/unit tests/store tests/http
-	$(BIN)/pytest --durations=20 tests/interop tests/faults
+	$(BIN)/pytest --durations=20 tests/interop tests/browser tests/faults
 
 check: install ## Lint, format, types, imports, Dockerfile, openapi.yaml
 	$(BIN)/ruff check

@@ -19,6 +19,9 @@ class Actor(Struct, frozen=True, kw_only=True):
 class Claims(Struct, frozen=True, kw_only=True):
     """The claims of RFC 9068 §2.2, and ours: `service_user` (its name) and `source_system`.
 
+    A session of the console also has `sid` and `auth_time`: which sign-in it goes back to, and when
+    that was (OpenID Connect Core §2, Front-Channel Logout §3).
+
     `iat` and `exp` are whole seconds since the epoch. Claims may be added, never changed.
     """
 
@@ -32,6 +35,8 @@ class Claims(Struct, frozen=True, kw_only=True):
     scope: str
     service_user: str
     source_system: str
+    sid: str | UnsetType = UNSET
+    auth_time: int | UnsetType = UNSET
     act: Actor | UnsetType = UNSET
 
 

@@ -43,6 +43,9 @@ from service.authority.key_administration import KeyAdministration
 from service.authority.key_rotation import KeyRotator, LiveKeyRing
 from service.authority.leaked import Leaks
 from service.authority.operators import Operators
+from service.authority.sessions import Sessions
+from service.console.gate import gate
+from service.console.routes import console
 from service.http import openapi
 from service.http.admin import (
     MAX_BODY,
@@ -241,6 +244,7 @@ class Authority:
             operators=operators,
             clock=self.clock,
             api_audience=settings.api_audience,
+            console_audience=settings.console_audience,
             audience=settings.audience,
             token_lifetime=settings.token_lifetime,
         )
@@ -269,13 +273,40 @@ class Authority:
             clock_skew=skew,
         )
         forged_tokens = ForgedTokens(records=events, clock=self.clock)
-        exports = Exports(records=records, audit=self.audit, operators=operators, clock=self.clock)
+        exports = Exports(
+            records=records,
+            tree=tree,
+            outside=outside,
+            audit=self.audit,
+            operators=operators,
+            clock=self.clock,
+        )
         confirmations = Confirmations(store=users, operators=operators, clock=self.clock)
         leaks = Leaks(holders=users, administration=administration)
+        sessions = Sessions(
+            issuer=settings.issuer,
+            console_audience=settings.console_audience,
+            token_issuer=issuer,
+            operators=operators,
+            clock=self.clock,
+        )
         self._schema_ready = asyncio.Event()
         self._draining = False
         self._drain_seconds = settings.drain_seconds
 
+        parts = {
+            "administration": _provide(administration),
+            "issuer": _provide(issuer),
+            "records": _provide(records),
+            "exports": _provide(exports),
+            "confirmations": _provide(confirmations),
+            "leaks": _provide(leaks),
+            "tree": _provide(tree),
+            "clock": _provide(self.clock),
+            "key_administration": _provide(key_administration),
+            "event_reports": _provide(event_reports),
+            "sessions": _provide(sessions),
+        }
         admin_api = Router(
             "/api/v1",
             route_handlers=[
@@ -290,20 +321,11 @@ class Authority:
             middleware=[alerting(forged_tokens.count)],
             before_request=gatekeeper(operators),
             request_max_body_size=MAX_BODY,
-            dependencies={
-                "operator": Provide(operator_of),
-                "administration": _provide(administration),
-                "issuer": _provide(issuer),
-                "records": _provide(records),
-                "exports": _provide(exports),
-                "confirmations": _provide(confirmations),
-                "leaks": _provide(leaks),
-                "tree": _provide(tree),
-                "clock": _provide(self.clock),
-                "key_administration": _provide(key_administration),
-                "event_reports": _provide(event_reports),
-            },
+            dependencies={"operator": Provide(operator_of), **parts},
             security=[{"bearer": []}],
+        )
+        let_in = gate(
+            sessions, issuer=settings.issuer, clock=self.clock, count_forged=forged_tokens.count
         )
         self.litestar = Litestar(
             route_handlers=[
@@ -313,6 +335,7 @@ class Authority:
                 *health_endpoints(self.health, lambda: metrics.exposition(self.rotator.figures())),
                 checkpoint_endpoint(lambda: self.continuity.latest_note),
                 admin_api,
+                console(let_in, parts),
             ],
             exception_handlers={**EXCEPTION_HANDLERS},
             lifespan=[self._running],

@@ -35,6 +35,7 @@ _ISSUER = re.compile(
 )
 # RFC 8707 §2: an absolute URI without fragment.
 _AUDIENCE = re.compile(r"[a-z][a-z0-9+.-]{0,31}:[A-Za-z0-9._~:/?@!$&'()*+,;=%-]{1,200}")
+_WEB_ADDRESS = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~/%-]*)?")
 _INTEGER = re.compile(r"[0-9]{1,9}")
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -69,6 +70,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     audit_retention_months: int | None = None
     """How old a month is when `audit archive` takes it and `doctor` misses that; `None`: never."""
     audience: str = LOCAL_AUDIENCE
+    ingest_url: str | None = None
+    """Where the console's Upload page sends a document to; `None`: `audience` and `/api/v1/ingest`,
+    if that is a web address."""
     token_lifetime: int = 900
     jwks_max_age: int = 300
     key_publish_lead: int = 86_400
@@ -135,9 +139,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.issuer.partition('://')[2]}/audit/1"
 
     @property
+    def upload_url(self) -> str:
+        """Where the console's Upload page sends a document to."""
+        return self.ingest_url or f"{self.audience.rstrip('/')}/api/v1/ingest"
+
+    @property
     def api_audience(self) -> str:
         """The only `aud` that the admin API accepts."""
         return f"{self.issuer}/api/v1"
+
+    @property
+    def console_audience(self) -> str:
+        """The `aud` of a session of the console, which no exchange gives."""
+        return f"{self.issuer}/console"
 
 
 def warnings(settings: Settings) -> list[str]:
@@ -186,6 +200,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "CHECKPOINT_DIR": _path,
     "AUDIT_RETENTION_MONTHS": _integer,
     "AUDIENCE": str,
+    "INGEST_URL": str,
     "TOKEN_LIFETIME": _integer,
     "JWKS_MAX_AGE": _integer,
     "KEY_PUBLISH_LEAD": _integer,
@@ -304,10 +319,15 @@ def _other_problems(settings: Settings) -> list[str]:
             "PRIVYSEAL_AUDIENCE must be an absolute URI without a fragment, "
             "such as https://ingest.example."
         )
-    elif settings.audience == settings.api_audience:
+    elif settings.audience in (settings.api_audience, settings.console_audience):
         problems.append(
-            "PRIVYSEAL_AUDIENCE is the audience of the admin API. "
+            "PRIVYSEAL_AUDIENCE is the audience of the admin API or the console. "
             "Name the service that verifies the tokens."
+        )
+    if settings.ingest_url is not None and not _WEB_ADDRESS.fullmatch(settings.ingest_url):
+        problems.append(
+            "PRIVYSEAL_INGEST_URL must be the web address that takes documents, such as "
+            "https://ingest.example/api/v1/ingest: no user name, query or fragment."
         )
     issuer = _ISSUER.fullmatch(settings.issuer)
     if settings.audience == LOCAL_AUDIENCE and issuer and not _is_loopback(issuer["host"]):

@@ -131,6 +131,7 @@ class Administration:
         operators: Operators,
         clock: Clock,
         api_audience: str,
+        console_audience: str,
         audience: str,
         token_lifetime: int,
     ) -> None:
@@ -138,6 +139,7 @@ class Administration:
         self._operators = operators
         self._clock = clock
         self._api_audience = api_audience
+        self._console_audience = console_audience
         self._audience = audience
         self._token_lifetime = token_lifetime
 
@@ -194,7 +196,7 @@ class Administration:
         async def act(operator: Operator) -> ServiceUser | None:
             operator.require(AdminScope.SERVICE_USERS_WRITE)
             operator.require_all(created.admin_scopes)
-            self._require_api_audience(created)
+            self._require_fit_audiences(created)
             record = self._record(
                 Action.SERVICE_USER_CREATE, operator, created, 0, origin, _rights(created)
             )
@@ -231,7 +233,7 @@ class Administration:
                 )
             after = msgspec.structs.replace(before, **fields)
             operator.require_all(before.admin_scopes | after.admin_scopes)
-            self._require_api_audience(after)
+            self._require_fit_audiences(after)
             if after.admin_scopes - before.admin_scopes and any(
                 not held.has_ended(self._clock()) for held in subject.credentials
             ):
@@ -365,9 +367,11 @@ class Administration:
             log.warning("live_tokens_not_counted", error=str(error))
             return None
 
-    def _require_api_audience(self, user: ServiceUser) -> None:
-        """Raise Invalid for admin scopes that no token could carry: so the last operator would
-        lock everybody out."""
+    def _require_fit_audiences(self, user: ServiceUser) -> None:
+        """Raise Invalid for the console, which takes a sign-in, and for admin scopes that no token
+        could carry: so the last operator would lock everybody out."""
+        if self._console_audience in user.audiences:
+            raise Invalid("No exchange gives a token for the console: sign in there.", "/audiences")
         if user.admin_scopes and self._api_audience not in user.audiences:
             raise Invalid(
                 f"{min(user.admin_scopes)} needs the audience {self._api_audience}.", "/audiences"

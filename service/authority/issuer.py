@@ -89,6 +89,9 @@ class Decision(Struct, frozen=True, kw_only=True):
     answer: "Grant | OAuthError"
 
 
+Decide = Callable[[Subject, SigningKey], Awaitable[Decision]]
+
+
 class Grant(Struct, frozen=True, kw_only=True):
     """A token that lacks its signature."""
 
@@ -146,7 +149,7 @@ class TokenIssuer:
         async def decide(subject: Subject, key: SigningKey) -> Decision:
             return decide_exchange(request, subject, key, self._terms, self._clock())
 
-        return await self._issue(
+        return await self.issue(
             request.client_id,
             decide,
             (self._directory.cached, self._keys.cached),
@@ -176,21 +179,19 @@ class TokenIssuer:
                 user, key, self._terms, self._clock(), audience, granted, origin, minter=present
             )
 
-        # What refuses a mint is not compared by a commit: so it is never decided from memory.
-        fresh = (self._directory.fresh, self._keys.fresh)
-        return await self._issue(service_user_id, decide, fresh, fresh)
+        return await self.issue_from_fresh(service_user_id, decide)
 
     async def refuse(self, error: OAuthError, origin: ClientAddress) -> None:
         """Put a refusal on record that needed no look at the directory: a malformed request."""
         record = refusal(error, origin, self._clock())
         await self._audit.append_or_count(record)
 
-    async def _issue(
-        self,
-        client_id: str,
-        decide: Callable[[Subject, SigningKey], Awaitable[Decision]],
-        *readings: Reading,
-    ) -> AccessToken:
+    async def issue_from_fresh(self, client_id: str, decide: Decide) -> AccessToken:
+        """Issue what is never decided from memory, since no commit compares what refuses it."""
+        fresh = (self._directory.fresh, self._keys.fresh)
+        return await self.issue(client_id, decide, fresh, fresh)
+
+    async def issue(self, client_id: str, decide: Decide, *readings: Reading) -> AccessToken:
         """Decide on the first reading, and on the second if the commit found the first outdated.
 
         The commit itself has the last word: `append_records_1` in the migrations compares
@@ -218,6 +219,13 @@ class TokenIssuer:
         except (StoreUnavailable, AuditUnavailable, CustodyError, TimeoutError) as error:
             raise TemporarilyUnavailable(str(error) or "no signature in time") from error
         raise TemporarilyUnavailable("what was decided on changed twice while it was decided")
+
+
+class SignIn(Struct, frozen=True, kw_only=True):
+    """To which sign-in a session goes back: `sid`, and `auth_time` in seconds since the epoch."""
+
+    id: str
+    at: int
 
 
 class Terms(Struct, frozen=True, kw_only=True):
@@ -296,6 +304,7 @@ def grant(
     *,
     credential: Credential | None = None,
     minter: Operator | None = None,
+    signed_in: SignIn | None = None,
 ) -> Decision:
     """Return the token to sign and the record that must be durable before it leaves."""
     if key.lifetime_cap is None:
@@ -313,6 +322,8 @@ def grant(
         scope=scope,
         service_user=user.name,
         source_system=user.source_system,
+        sid=UNSET if signed_in is None else signed_in.id,
+        auth_time=UNSET if signed_in is None else signed_in.at,
         act=UNSET if minter is None else Actor(sub=minter.service_user.id),
     )
     unsigned = unsigned_token(key.kid, claims)

@@ -94,6 +94,11 @@ class ServiceUser(Struct, frozen=True, kw_only=True):
     created_at: datetime
 
     @property
+    def is_active(self) -> bool:
+        """Whether it may get tokens at all."""
+        return self.status is Status.ACTIVE
+
+    @property
     def admin_scopes(self) -> frozenset[str]:
         """The scopes that open something in the admin API."""
         return ADMIN_SCOPES.intersection(self.scopes)

@@ -27,10 +27,15 @@ T = TypeVar("T")
 
 
 class Issuance(Struct, frozen=True, kw_only=True):
-    """What is on record of one issued token, and how its holder stands now."""
+    """What is on record of one issued token, and how its holder stands now.
+
+    `credential_id` is null for who signed in elsewhere and has none; `credential` is null once
+    there is no such credential.
+    """
 
     signing_input_sha256: bytes
     service_user: ServiceUser
+    credential_id: str | None
     credential: Credential | None
 
 
@@ -55,10 +60,10 @@ class KeyRings(Protocol):
 
 
 class Operator(Struct, frozen=True, kw_only=True):
-    """Who calls the admin API; `scopes` is what the token says and the service user still has."""
+    """Who calls; `scopes` is what the token says and the service user still has."""
 
     service_user: ServiceUser
-    credential_id: str
+    credential_id: str | None
     jti: UUID
     scopes: frozenset[str]
 
@@ -85,7 +90,7 @@ class Operator(Struct, frozen=True, kw_only=True):
 
 
 class Operators:
-    """Authenticates the callers of the admin API."""
+    """Authenticates the callers of the admin API and of the console."""
 
     def __init__(
         self,
@@ -106,8 +111,12 @@ class Operators:
 
     async def authenticate(self, unverified_token: str) -> Operator:
         """Return whose token this is; raise Unauthenticated, or StoreUnavailable."""
+        return (await self.verified(unverified_token, self._api_audience))[0]
+
+    async def verified(self, unverified_token: str, audience: str) -> tuple[Operator, SignedClaims]:
+        """Return whose token for `audience` this is, and what it says."""
         try:
-            claims = await self._verified(unverified_token)
+            claims = await self._claims(unverified_token, audience)
         except InvalidToken as error:
             raise Unauthenticated(str(error)) from error
         jti = UUID(claims.jti)
@@ -118,21 +127,21 @@ class Operators:
             or not hmac.compare_digest(issuance.signing_input_sha256, claims.signing_input_sha256)
         ):
             raise Unauthenticated("This token was not issued here: no record of it exists.")
-        return self._operator(jti, issuance, frozenset(claims.scope))
+        return self._operator(jti, issuance, frozenset(claims.scope)), claims
 
-    async def _verified(self, unverified_token: str) -> SignedClaims:
+    async def _claims(self, unverified_token: str, audience: str) -> SignedClaims:
         try:
-            return self._decoded(unverified_token, await self._keys.cached())
+            return self._decoded(unverified_token, audience, await self._keys.cached())
         except UnknownKey:
             # An emergency's new key signs at once, maybe in a process that heard of it before.
-            return self._decoded(unverified_token, await self._keys.fresh())
+            return self._decoded(unverified_token, audience, await self._keys.fresh())
 
-    def _decoded(self, unverified_token: str, ring: KeyRing) -> SignedClaims:
+    def _decoded(self, unverified_token: str, audience: str, ring: KeyRing) -> SignedClaims:
         return decode(
             unverified_token,
             ring.published,
             issuer=self._issuer,
-            audience=self._api_audience,
+            audience=audience,
             now=self._clock(),
             skew=self._clock_skew,
         )
@@ -162,13 +171,15 @@ class Operators:
         user, credential = issuance.service_user, issuance.credential
         if user.status is not Status.ACTIVE:
             raise Unauthenticated(f"The service user {user.name} is disabled.")
-        if credential is None or not credential.is_live(self._clock()):
+        if issuance.credential_id is not None and not (
+            credential is not None and credential.is_live(self._clock())
+        ):
             raise Unauthenticated(
                 "The credential behind this token was revoked, has ended or is held."
             )
         return Operator(
             service_user=user,
-            credential_id=credential.id,
+            credential_id=issuance.credential_id,
             jti=jti,
             scopes=scopes & ADMIN_SCOPES & user.admin_scopes,
         )

@@ -4,15 +4,10 @@ It must not reach into either: what tests know of them came over HTTP or from th
 """
 
 import json
-import os
 import shutil
-import socket
 import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from email import message_from_string
 from email.message import Message
@@ -22,20 +17,7 @@ from typing import Any, NoReturn
 import httpx
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
-START_DEADLINE = 60.0
-STOP_DEADLINE = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Authority:
-    """A running `privyseal serve` and the credential of its first operator."""
-
-    issuer: str
-    pid: int
-    environ: Mapping[str, str] = field(repr=False)
-    client_id: str
-    client_secret: str = field(repr=False)
+from tests.interop.running import Authority, IngestService, running_authority, running_ingest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,16 +30,6 @@ class Integrator:
     scopes: tuple[str, ...]
     client_id: str
     client_secret: str = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IngestService:
-    """A running example service."""
-
-    url: str
-    pid: int
-    audience: str
-    data_dir: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,14 +53,14 @@ Node = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture(scope="session")
 def authority() -> Generator[Authority, None, None]:
     """An authority with an embedded Postgres, for all tests of this folder."""
-    with _authority() as running:
+    with running_authority() as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def start_authority() -> Callable[..., AbstractContextManager[Authority]]:
     """`start_authority(PRIVYSEAL_…=…)` runs one of your own, whose keys you may revoke."""
-    return _authority
+    return running_authority
 
 
 @pytest.fixture(scope="session")
@@ -153,14 +125,14 @@ def vkyc(new_integrator: Callable[..., Integrator]) -> Integrator:
 @pytest.fixture(scope="session")
 def ingest(authority: Authority) -> Generator[IngestService, None, None]:
     """The example ingest service, which trusts the authority."""
-    with _ingest(authority) as running:
+    with running_ingest(authority) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def start_ingest() -> Callable[..., AbstractContextManager[IngestService]]:
     """`start_ingest(authority, INGEST_…=…)` runs one of your own, which may report."""
-    return _ingest
+    return running_ingest
 
 
 @pytest.fixture(scope="session")
@@ -187,106 +159,6 @@ def curl(skip_or_fail: Callable[[str], NoReturn]) -> Curl:
         )
 
     return run
-
-
-@contextmanager
-def _authority(**settings: str) -> Generator[Authority, None, None]:
-    """Run an authority, with its embedded Postgres and its first operator, until the block ends."""
-    port = _free_port()
-    issuer = f"http://127.0.0.1:{port}"
-    with _data_dir("authority") as data_dir:
-        environ = {
-            **{name: value for name, value in os.environ.items() if "PRIVYSEAL_" not in name},
-            "PRIVYSEAL_ISSUER": issuer,
-            "PRIVYSEAL_DATA_DIR": str(data_dir),
-            **settings,
-        }
-        privyseal = str(Path(sys.executable).with_name("privyseal"))
-        serve = (privyseal, "serve", "--port", str(port))
-        with _process(serve, environ, f"{issuer}/readyz", data_dir / "serve.log") as pid:
-            bootstrap = subprocess.run(
-                (privyseal, "bootstrap", "--json"),
-                env=environ,
-                capture_output=True,
-                text=True,
-                timeout=60,
-            )
-            assert bootstrap.returncode == 0, bootstrap.stderr
-            yield Authority(issuer=issuer, pid=pid, environ=environ, **json.loads(bootstrap.stdout))
-
-
-@contextmanager
-def _ingest(authority: Authority, **settings: str) -> Generator[IngestService, None, None]:
-    """Run the example service until the block ends."""
-    port = _free_port()
-    audience = "http://127.0.0.1:8081"  # the default of a fresh installation, whatever the port
-    with _data_dir("ingest") as data_dir:
-        environ = {
-            **{name: value for name, value in os.environ.items() if "PRIVYSEAL_" not in name},
-            "INGEST_ISSUER": authority.issuer,
-            "INGEST_AUDIENCE": audience,
-            "INGEST_DATA_DIR": str(data_dir / "documents"),
-            **settings,
-        }
-        example = str(REPOSITORY / "deploy" / "examples" / "ingest")
-        uvicorn = (sys.executable, "-m", "uvicorn", "--app-dir", example, "--port", str(port))
-        url = f"http://127.0.0.1:{port}"
-        with _process(
-            (*uvicorn, "app:app"), environ, f"{url}/healthz", data_dir / "uvicorn.log"
-        ) as pid:
-            yield IngestService(
-                url=url, pid=pid, audience=audience, data_dir=data_dir / "documents"
-            )
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-@contextmanager
-def _data_dir(name: str) -> Generator[Path, None, None]:
-    # Not tmp_path: Postgres may run as nobody, who cannot pass through that.
-    path = Path(tempfile.mkdtemp(prefix=f"privyseal-interop-{name}-"))
-    path.chmod(0o711)
-    try:
-        yield path
-    finally:
-        shutil.rmtree((path / "postgres").resolve(), ignore_errors=True)  # may be a link
-        shutil.rmtree(path)
-
-
-@contextmanager
-def _process(
-    command: tuple[str, ...], environ: Mapping[str, str], ready: str, log: Path
-) -> Generator[int, None, None]:
-    """Run `command` until the end of the block, which begins once `ready` answers 200."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, env=environ, cwd=log.parent, stdout=output, stderr=subprocess.STDOUT
-        )
-    try:
-        deadline = time.monotonic() + START_DEADLINE
-        while not _answers(ready):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        yield process.pid
-    finally:
-        process.terminate()
-        try:
-            process.wait(STOP_DEADLINE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=1).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,128 @@
+"""What stands before every page: who is signed in, and whether a form is one of ours.
+
+A bearer token opens nothing here, and the cookie opens nothing anywhere else.
+"""
+
+import re
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from http import HTTPStatus
+from typing import Any, Final
+from urllib.parse import quote
+
+from litestar import HttpMethod, Response
+
+from service.authority.errors import StoreUnavailable, TemporarilyUnavailable, Unauthenticated
+from service.authority.model import Clock
+from service.authority.operators import Operator
+from service.authority.sessions import Session, Sessions
+from service.console.forms import CSRF, Form, read_form
+from service.console.page import (
+    COOKIE,
+    HOME,
+    AnyRequest,
+    is_csrf_token,
+    page,
+    redirect,
+    set_session,
+)
+from service.http.context import note, noted, origin_of
+from service.http.errors import Refused
+
+PUBLIC: Final = "public"
+"""In the `opt` of a route that needs no session."""
+SIGN_IN: Final = "/console/sign-in"
+_OWN_PATH: Final = re.compile(r"/console(/[A-Za-z0-9._~-]+)*(\?[A-Za-z0-9._~&=%+:-]*)?")
+
+
+def gate(
+    sessions: Sessions,
+    *,
+    issuer: str,
+    clock: Clock,
+    count_forged: Callable[[], Awaitable[int]],
+) -> Callable[[AnyRequest], Awaitable[Response[Any] | None]]:
+    """Return what lets requests in, renews sessions, and says what every operator must see."""
+
+    async def let_in(request: AnyRequest) -> Response[Any] | None:
+        note(request.scope, now=clock())
+        is_form = request.method == HttpMethod.POST
+        # A browser sends it with every form, and no other site can choose it (Fetch §3.1).
+        if is_form and request.headers.get("origin") != issuer:
+            raise Refused(HTTPStatus.FORBIDDEN, f"Forms are taken from pages of {issuer} only.")
+        form = await read_form(request) if is_form else Form(())
+        note(request.scope, form=form)
+        if PUBLIC in request.route_handler.opt:
+            return None
+        try:
+            session = await sessions.authenticate(request.cookies.get(COOKIE, ""))
+        except Unauthenticated as error:
+            return sign_in_first(request, error.detail if COOKIE in request.cookies else "")
+        note(request.scope, session=session, operator=session.operator)
+        if is_form and not is_csrf_token(session, form.text(CSRF)):
+            raise Refused(HTTPStatus.FORBIDDEN, "This form was not made for your session.")
+        if session.is_operator:
+            note(request.scope, forged=await count_forged())
+        if sessions.is_due(session):
+            # Still good for minutes: the next request tries again.
+            with suppress(TemporarilyUnavailable, StoreUnavailable):
+                await renew(request, sessions)
+        return None
+
+    return let_in
+
+
+async def renew(request: AnyRequest, sessions: Sessions) -> Session:
+    """Renew the session of a request with its answer, and return it as it is from now on."""
+    session = session_of(request)
+    token = await sessions.renewed(session, origin_of(request.scope))
+    set_session(request, token)
+    session = Session(
+        operator=session.operator, signed_in=session.signed_in, expires_at=token.expires_at
+    )
+    note(request.scope, session=session)
+    return session
+
+
+def sign_in_first(request: AnyRequest, why: str) -> Response[Any]:
+    """Return the way to the sign-in, and from there back to what was wanted: nothing is lost."""
+    form = form_of(request)
+    path = request.scope["path"]
+    query: bytes = request.scope["query_string"]
+    note(request.scope, session=None)
+    if request.method == HttpMethod.POST:
+        return page(
+            request,
+            "sign_in.html",
+            status=HTTPStatus.UNAUTHORIZED,
+            error=why,
+            following=path,
+            kept=form.shown_again(),
+        )
+    wanted = f"{path}?{query.decode('latin-1')}" if query else path
+    following = "" if wanted == HOME else f"?next={quote(wanted, safe='/')}"
+    if why:
+        following += f"{'&' if following else '?'}ended=1"
+    return redirect(request, f"{SIGN_IN}{following}")
+
+
+def own_path(path: str) -> str:
+    """Return a path that leads nowhere but to the console."""
+    return path if _OWN_PATH.fullmatch(path) else HOME
+
+
+def session_of(request: AnyRequest) -> Session:
+    """Return whose session this is, as the gate found it."""
+    session: Session | None = noted(request.scope, "session")
+    assert session is not None, "a route that needs no session asked for one"
+    return session
+
+
+async def operator_of(request: AnyRequest) -> Operator:
+    """Return who acts, as the gate found it."""
+    return session_of(request).operator
+
+
+def form_of(request: AnyRequest) -> Form:
+    """Return the form that was sent."""
+    return noted(request.scope, "form") or Form(())

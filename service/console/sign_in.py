@@ -1,0 +1,91 @@
+"""`/console/sign-in`: a credential for a session, and back to what was wanted.
+
+Keeps no secret: it is exchanged, and gone.
+"""
+
+from http import HTTPStatus
+from typing import Any
+
+from litestar import Controller, Response, get, post
+from litestar.di import NamedDependency
+from litestar.params import FromQuery
+
+from keys.secret import Secret
+from service.authority.errors import OAuthError, Unauthenticated
+from service.authority.model import TokenRequest
+from service.authority.sessions import Sessions
+from service.console.gate import (
+    PUBLIC,
+    SIGN_IN,
+    form_of,
+    own_path,
+    renew,
+    session_of,
+)
+from service.console.page import COOKIE, HOME, AnyRequest, page, redirect, set_session
+from service.http.context import note, origin_of
+
+
+class SignInController(Controller):
+    """Sign in, stay signed in, sign out."""
+
+    @get("/sign-in", opt={PUBLIC: True})
+    async def ask(
+        self,
+        request: AnyRequest,
+        sessions: NamedDependency[Sessions],
+        next: FromQuery[str] = HOME,
+        ended: FromQuery[bool] = False,
+    ) -> Response[Any]:
+        """Ask for a credential, unless there is a session already."""
+        try:
+            await sessions.authenticate(request.cookies.get(COOKIE, ""))
+        except Unauthenticated as error:
+            why = error.detail if ended and COOKIE in request.cookies else ""
+            return page(request, "sign_in.html", error=why, following=own_path(next), kept=[])
+        return redirect(request, own_path(next))
+
+    @post("/sign-in", opt={PUBLIC: True}, status_code=HTTPStatus.OK)
+    async def sign_in(
+        self, request: AnyRequest, sessions: NamedDependency[Sessions]
+    ) -> Response[Any]:
+        """Exchange a credential for a session, and go on with what waited for it."""
+        form = form_of(request)
+        following, kept = own_path(form.text("next")), form.kept()
+        try:
+            token = await sessions.sign_in(
+                TokenRequest(
+                    client_id=form.text("client_id"),
+                    client_secret=Secret(form.text("client_secret")),
+                    origin=origin_of(request.scope),
+                )
+            )
+        except OAuthError as error:
+            return page(
+                request,
+                "sign_in.html",
+                status=HTTPStatus.UNAUTHORIZED,
+                error=error.description,
+                following=following,
+                kept=kept,
+            )
+        set_session(request, token)
+        if not kept:
+            return redirect(request, following)
+        session = await sessions.authenticate(token.token.reveal())
+        note(request.scope, session=session, operator=session.operator)
+        return page(request, "resume.html", following=following, kept=kept)
+
+    @post("/session", status_code=HTTPStatus.OK)
+    async def stay(self, request: AnyRequest, sessions: NamedDependency[Sessions]) -> Response[Any]:
+        """Renew the session of a page that stays open; the answer is its new end."""
+        if not sessions.is_due(session_of(request)):
+            return page(request, "session.txt")
+        await renew(request, sessions)
+        return page(request, "session.txt")
+
+    @post("/sign-out", status_code=HTTPStatus.OK)
+    async def sign_out(self, request: AnyRequest) -> Response[Any]:
+        """Forget the session in this browser."""
+        set_session(request, None)
+        return redirect(request, SIGN_IN)

@@ -1,0 +1,69 @@
+// What the console's pages do beyond forms and links. Every page works without it.
+"use strict";
+
+// Whoever walks away from a page that shows a secret leaves none behind, in any cache either.
+addEventListener("pagehide", () => {
+  for (const element of document.querySelectorAll("[data-secret]")) element.textContent = "shown once";
+});
+addEventListener("pageshow", (event) => {
+  if (event.persisted) location.reload();
+});
+
+// Copy buttons.
+for (const button of document.querySelectorAll("[data-copy]")) {
+  if (!navigator.clipboard) break;
+  button.hidden = false;
+  const label = button.firstChild;
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(document.getElementById(button.dataset.copy).textContent);
+    label.textContent = "Copied";
+    setTimeout(() => { label.textContent = "Copy"; }, 2000);
+  });
+}
+
+// A form is sent once; whoever comes back to it may send it again.
+for (const form of document.querySelectorAll("form[method=post]")) {
+  form.addEventListener("submit", () => {
+    for (const button of form.querySelectorAll("button")) setTimeout(() => { button.disabled = true; });
+  });
+}
+addEventListener("pageshow", () => {
+  for (const button of document.querySelectorAll("form[method=post] button")) button.disabled = false;
+});
+
+// Times that count down, by the clock of the server: its answer says what it was.
+const drift = (() => {
+  const stamp = document.documentElement.dataset.now;
+  return stamp ? Date.parse(stamp) - Date.now() : 0;
+})();
+const left = (element) => Math.max(0, Date.parse(element.dateTime) - Date.now() - drift) / 1000;
+const spelled = (seconds) => {
+  if (seconds >= 3600) return `${Math.floor(seconds / 3600)} h ${Math.floor(seconds % 3600 / 60)} min`;
+  return `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")} min`;
+};
+const countdowns = document.querySelectorAll("[data-countdown]");
+const count = () => {
+  for (const element of countdowns) {
+    const seconds = left(element);
+    element.textContent = seconds > 0 ? spelled(seconds) : "no time: it ended";
+  }
+};
+if (countdowns.length) {
+  count();
+  setInterval(count, 1000);
+}
+
+// A page that stays open stays signed in, as long as the source of its session is live.
+const session = document.querySelector("[data-renew]");
+if (session) {
+  setInterval(async () => {
+    if (left(session) > 420 || left(session) === 0) return;
+    const answer = await fetch("/console/session", {
+      method: "POST",
+      body: new URLSearchParams({ csrf: session.dataset.renew }),
+      redirect: "manual",
+    });
+    const end = answer.ok ? (await answer.text()).trim() : "";
+    if (/^\d{4}-/.test(end)) session.dateTime = end;
+  }, 30000);
+}
