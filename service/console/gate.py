@@ -32,7 +32,7 @@ from service.http.errors import Refused
 PUBLIC: Final = "public"
 """In the `opt` of a route that needs no session."""
 SIGN_IN: Final = "/console/sign-in"
-_OWN_PATH: Final = re.compile(r"/console(/[A-Za-z0-9._~-]+)*(\?[A-Za-z0-9._~&=%+:-]*)?")
+_OWN_PATH: Final = re.compile(r"/console(/[A-Za-z0-9_][A-Za-z0-9._~-]*)*(\?[A-Za-z0-9._~&=%+:-]*)?")
 
 
 def gate(
