@@ -57,6 +57,7 @@ bench: install ## Measure exchanges per second against the bare signature, and a
 	$(BIN)/python -m tests.bench.bench
 	$(BIN)/python -m tests.bench.verify_bench
 	$(BIN)/python -m tests.bench.audit_bench
+	$(BIN)/python -m tests.bench.console_bench
 
 faults: install ## Kills, wrong clocks, 50 rotations under load: the long forms, 20 minutes
 	FAULTS_LONG=1 $(BIN)/pytest --durations=20 tests/faults

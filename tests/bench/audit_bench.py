@@ -120,7 +120,7 @@ def main(records: int, rounds: int) -> None:
         pair = (few, many)
         credentials = [asyncio.run(new_credential(authority)) for authority in pair]
         for authority, size in ((few, FEW), (many, records)):
-            _load(console, authority, size)
+            load_records(console, authority, size)
         queries = asyncio.run(_query_times(few, many))
         pace = Pace(rounds=rounds, warm=FULL.warm, load=FULL.load, sign=0)
         rates: tuple[list[float], list[float]] = ([], [])
@@ -135,8 +135,8 @@ def main(records: int, rounds: int) -> None:
     )
     query = queries[BARRED].ratio
     met = [
-        _verdict(console, f"{BARRED}: {query:.2f} of the time", QUERY_BAR, query <= QUERY_BAR),
-        _verdict(
+        verdict(console, f"{BARRED}: {query:.2f} of the time", QUERY_BAR, query <= QUERY_BAR),
+        verdict(
             console,
             f"exchange throughput: {exchanges.ratio:.2f}",
             EXCHANGE_BAR,
@@ -146,13 +146,15 @@ def main(records: int, rounds: int) -> None:
     sys.exit(not all(met))
 
 
-def _verdict(console: Console, what: str, bar: float, met: bool) -> bool:
+def verdict(console: Console, what: str, bar: float, met: bool) -> bool:
+    """Say whether a bar was met, and return it."""
     colour, word = ("green", "met") if met else ("red", "MISSED")
     console.print(f"[bold {colour}]{what}; the bar is {bar}: {word}.")
     return met
 
 
-def _load(console: Console, authority: LiveAuthority, size: int) -> None:
+def load_records(console: Console, authority: LiveAuthority, size: int) -> None:
+    """Fill the log of an authority as its owner, with records of the last four weeks."""
     running = find_running(authority.data_dir)
     assert running is not None
     started = time.monotonic()

@@ -1,0 +1,28 @@
+"""Every page that can be opened by its address, by who opens it; paths begin after `/console`.
+
+What is in braces is for whoever opens them to fill in.
+"""
+
+from typing import Final
+
+OPERATOR: Final = {
+    "home": "",
+    "service users": "/service-users",
+    "new service user": "/service-users/new",
+    "service user": "/service-users/{service_user_id}",
+    "token": "/token",
+    "upload": "/upload",
+    "signing keys": "/signing-keys",
+    "audit": "/audit",
+    "audit tail": "/audit/tail",
+    "audit record": "/audit/records/{record_id}",
+    "nothing": "/no/such/page",
+}
+INTEGRATOR: Final = {
+    "own home": "",
+    "own credentials": "/me",
+    "own token": "/token",
+    "own upload": "/upload",
+    "own audit": "/audit",
+}
+PUBLIC: Final = {"sign-in": "/sign-in", "hand-over": "/hand-over"}
