@@ -12,10 +12,10 @@ VERIFIER  := .venv/.verifier
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test check bench faults openapi lock clean
+.PHONY: help install run test check bench faults screenshots openapi lock clean
 
 help: ## Show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(PRIVYSEAL) $(VERIFIER) ## Make .venv from the lock (PYTHON=python3, at least 3.11)
 
@@ -61,6 +61,9 @@ bench: install ## Measure exchanges per second against the bare signature, and a
 
 faults: install ## Kills, wrong clocks, 50 rotations under load: the long forms, 20 minutes
 	FAULTS_LONG=1 $(BIN)/pytest --durations=20 tests/faults
+
+screenshots: install ## A picture of every page of the console, under var/screenshots/
+	$(BIN)/pytest -q tests/browser/take_screenshots.py
 
 openapi: install ## Write openapi.yaml from the code
 	$(BIN)/python deploy/openapi.py > openapi.yaml.new

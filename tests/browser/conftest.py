@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 import httpx
@@ -172,11 +171,3 @@ def _reporter(api: httpx.Client, audience: str) -> dict[str, str]:
         "INGEST_CLIENT_ID": credential["client_id"],
         "INGEST_CLIENT_SECRET": credential["client_secret"],
     }
-
-
-@pytest.fixture(scope="session")
-def screenshots() -> Path:
-    """Where `make screenshots` puts its pictures."""
-    folder = Path(__file__).parents[2] / "var" / "screenshots"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
