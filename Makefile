@@ -55,6 +55,7 @@ check: install ## Lint, format, types, imports, Dockerfile, openapi.yaml
 
 bench: install ## Measure exchanges per second against the bare signature, and a large audit log
 	$(BIN)/python -m tests.bench.bench
+	$(BIN)/python -m tests.bench.sequencer_bench
 	$(BIN)/python -m tests.bench.verify_bench
 	$(BIN)/python -m tests.bench.audit_bench
 	$(BIN)/python -m tests.bench.console_bench

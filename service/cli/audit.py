@@ -161,10 +161,14 @@ def verify(
     keys: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Check the log for tampering: a database, or archives (FILES).
+    """Check the log for tampering: a database, or archives and exports (FILES).
 
     Reads every record, recomputes every hash, and compares with every checkpoint. Any role that may
-    read the tables will do, and no key of the service is needed.
+    read the tables will do, files need no database, and no key of the service is needed.
+
+    Of an archive, give any file; of `audit export`, the NDJSON. They can be compared with their own
+    checkpoint, with what CHECKPOINT_DIR kept when they were made, and with one that an export was
+    made for (audit export --checkpoint); a whole log, with any that is not newer.
 
     Cut, restored from an older backup, forked, rewritten by who holds the log's key: these four are
     found only with a checkpoint that was kept outside the database.
@@ -173,6 +177,7 @@ def verify(
     Examples:
       privyseal audit verify --key "$(cat vkey)" --checkpoint /mnt/checkpoints
       privyseal audit verify --key vkey archive/*.json
+      privyseal audit verify --key vkey --checkpoint kept.txt november.ndjson
 
     Exits with 0 if nothing was changed and with 1 if anything was; the first bad record is named.
     """

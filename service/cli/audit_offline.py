@@ -31,6 +31,7 @@ from rich.progress import (
 from keys.checkpoint import MAX_NOTE_BYTES, NoteRefused, NoteVerifier
 from keys.secret import Secret
 from service.authority.audit.archive import Unreadable
+from service.authority.audit.exported import Pinning
 from service.authority.audit.verify import (
     Claim,
     Finding,
@@ -67,8 +68,12 @@ from service.store.audit_verify import (
     waiting,
 )
 from service.store.embedded import find_running
+from service.store.export_files import is_export, verify_export
 
 MAX_PROCESSES: Final = 8
+
+_DRAW_EVERY: Final = 0.1
+"""Seconds between two looks of a bar."""
 
 NOT_OUTSIDE: Final = (
     "Compared with no checkpoint from outside the database: a log that was cut, restored from an "
@@ -120,24 +125,72 @@ def verify(
 
 
 def verify_files(files: Sequence[Path], pinned: Pinned) -> Verdict:
-    """Check archives, each by itself. Needs the key of each one's log."""
+    """Check archives and exports, each by itself. Needs the key of each one's log."""
     reports: list[LogReport] = []
     for file in files:
         try:
-            path = manifest_path(file)
-            manifest = read_manifest(path)
-            verifier = pinned.keys.get(manifest.origin)
-            if verifier is None:
-                raise click.UsageError(
-                    f"{path} is of the log {printable(manifest.origin)}: give its verifier key, "
-                    "as `privyseal migrate` prints it (--key)."
-                )
-            outside, refused = _claims(manifest.origin, verifier, pinned)
-            report = verify_archive(path, verifier=verifier, outside=outside)
+            reports += (_verify_export if is_export(file) else _verify_archive)(file, pinned)
         except Unreadable as damage:
             raise click.ClickException(str(damage)) from None
-        reports.append(_with(report, refused))
-    return Verdict(reports=reports, notices=())
+    notices = [
+        f"{printable(report.origin)}: from record {report.agreed_outside:,} on, only the file's "
+        "own checkpoint vouches for it, which is worth as much as the log's key. Give a later one "
+        "that was kept elsewhere: --checkpoint."
+        for report in reports
+        if report.agreed_outside < report.size
+    ]
+    return Verdict(reports=reports, notices=notices)
+
+
+def _verify_archive(file: Path, pinned: Pinned) -> list[LogReport]:
+    path = manifest_path(file)
+    manifest = read_manifest(path)
+    pinning, refused = _pinning(path, manifest.origin, pinned)
+    with _bar(path.name, manifest.records) as advance:
+        report = verify_archive(
+            path, verifier=pinning.verifier, outside=pinning.outside, on_progress=advance
+        )
+    return [_with(report, refused)]
+
+
+def _verify_export(file: Path, pinned: Pinned) -> list[LogReport]:
+    refused: dict[str, list[Finding]] = {}
+
+    def pinning(origin: str) -> Pinning:
+        known, refused[origin] = _pinning(file, origin, pinned)
+        return known
+
+    size = file.stat().st_size
+    try:
+        with _bar(file.name, size) as advance:
+            reports = verify_export(
+                file,
+                pinning=pinning,
+                cuts=_unverified_sizes(pinned),
+                processes=_processes(),
+                on_progress=lambda done: advance(done, size),
+            )
+    except Unreadable as damage:
+        raise Unreadable(f"{file} is no export that can be verified. {damage}") from None
+    return [_with(report, refused[report.origin]) for report in reports]
+
+
+def _unverified_sizes(pinned: Pinned) -> list[int]:
+    """Return the sizes that the given checkpoints name on their second lines."""
+    lines = [note.split(b"\n", 2) for _, note in pinned.unverified_notes]
+    return sorted({int(line[1]) for line in lines if len(line) > 1 and line[1].isdigit()})
+
+
+def _pinning(path: Path, origin: str, pinned: Pinned) -> tuple[Pinning, list[Finding]]:
+    """Return what is pinned of the log that a file is of, and which checkpoints are none of it."""
+    verifier = pinned.keys.get(origin)
+    if verifier is None:
+        raise click.UsageError(
+            f"{path} is of the log {printable(origin)}: give its verifier key, as `privyseal "
+            "migrate` prints it (--key)."
+        )
+    outside, refused = _claims(origin, verifier, pinned)
+    return Pinning(verifier=verifier, outside=outside), refused
 
 
 def verify_database(dsn: Secret, pinned: Pinned, *, processes: int) -> Verdict:
@@ -356,8 +409,15 @@ def _bar(what: str, total: int) -> Generator[Callable[[int, int], None], None, N
     with progress:
         task: TaskID = progress.add_task(printable(what), total=total)
 
+        drawn = 0.0
+
         def advance(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total, refresh=True)
+            nonlocal drawn
+            now = time.monotonic()
+            # To draw it takes longer than to check the records between two calls.
+            due = done >= total or now - drawn >= _DRAW_EVERY
+            drawn = now if due else drawn
+            progress.update(task, completed=done, total=total, refresh=due)
 
         yield advance
 
@@ -390,7 +450,8 @@ def _print_report(report: LogReport) -> None:
     if first is None:
         click.echo(click.style("Nothing was changed.", fg="green"))
         return
-    click.echo(click.style(f"TAMPERED. {printable(first.words)}", fg="red"))
+    verdict = "NOT COMPARED" if first.flaw is Flaw.UNCOMPARED else "TAMPERED"
+    click.echo(click.style(f"{verdict}. {printable(first.words)}", fg="red"))
     for finding in report.findings:
         if finding is not first:
             click.echo(f"  {finding.flaw}: {printable(finding.words)}")

@@ -72,6 +72,32 @@ def create(service_user: str, label: str, expires_at: str | None, as_json: bool)
     click.echo("\nThe secret is shown this once: store it now.", err=True)
 
 
+@credentials.command("hand-over")
+@service_user_argument
+@click.option("--label", required=True, help="Who will hold it: to tell it by.")
+@click.option(
+    "--expires",
+    "expires_at",
+    type=Moment(ahead=True, end_of_day=True),
+    help="A date (through its end, UTC), a time with offset, or a duration; else a year.",
+)
+@json_option
+def hand_over(service_user: str, label: str, expires_at: str | None, as_json: bool) -> None:
+    """Create a credential and print a link to its secret, for whoever shall hold it.
+
+    The secret is made when they open the link, once and within 24 hours: nobody else ever sees it.
+    """
+    with authority() as api:
+        path = f"/service-users/{api.service_user_id(service_user)}/hand-overs"
+        offered = api.post(path, given({"label": label, "expires_at": expires_at}))
+    if as_json:
+        print_json(offered)
+        return
+    names = ("id", "label", "expires_at", "code_ends_at", "link")
+    print_fields({name: offered.get(name) for name in names})
+    click.echo("\nThe link is shown this once: send it now, to one person.", err=True)
+
+
 @credentials.command("list")
 @service_user_argument
 @json_option
@@ -86,7 +112,7 @@ def list_(service_user: str, as_json: bool) -> None:
     print_table(
         held,
         ("id", "label", "state", "last_used_at"),
-        wide=("created_at", "expires_at", "held_at"),
+        wide=("created_at", "expires_at", "held_at", "code_ends_at", "opened_at"),
         nothing=f"{printable(service_user)} has no credential.",
     )
 

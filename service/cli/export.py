@@ -17,6 +17,19 @@ from service.cli.files import replacing
 from service.cli.record_filters import record_filters
 
 _SHOW_EVERY: Final = 0.2
+# How a line begins that is no record. In a record this stands nowhere: in its texts, quotes are
+# escaped.
+_HEADER: Final = b'{"log_origin":'
+
+
+def _size(_: click.Context, __: click.Parameter, checkpoint: Path | None) -> str | None:
+    """Return the size that a checkpoint names on its second line."""
+    if checkpoint is None:
+        return None
+    lines = checkpoint.read_bytes().split(b"\n", 2)
+    if len(lines) < 2 or not lines[1].isdigit():
+        raise click.BadParameter(f"{checkpoint} is no checkpoint.")
+    return lines[1].decode()
 
 
 @click.command()
@@ -34,17 +47,30 @@ _SHOW_EVERY: Final = 0.2
     type=click.Path(dir_okay=False, path_type=Path),
     help="Written in one step when all of it is there (0600); else standard output.",
 )
+@click.option(
+    "--checkpoint",
+    "checkpoint_size",
+    metavar="FILE",
+    callback=_size,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="One that you kept: NDJSON can be compared with it afterwards, whatever the filters.",
+)
 @record_filters
-def export(format_: str, output: Path | None, **filters: str | None) -> None:
+def export(
+    format_: str, output: Path | None, checkpoint_size: str | None, **filters: str | None
+) -> None:
     """Export the audit records that meet every filter, the oldest first.
 
-    All that is on record when it begins, however many they are. In CSV, a text that begins with
-    = + - @, tab or carriage return has an apostrophe before it, so that no spreadsheet takes it
-    for a formula; NDJSON has every text as it is. The export itself is on record.
+    All that is on record when it begins, however many they are; the export itself is on record.
+
+    NDJSON proves itself: its first line is a checkpoint, and `privyseal audit verify FILE` checks
+    it offline. In CSV, a text that begins with = + - @, tab or carriage return has an apostrophe
+    before it, so that no spreadsheet takes it for a formula; NDJSON has every text as it is.
 
     \b
     Examples:
       privyseal audit export --since 2026-11-01 --output november.ndjson
+      privyseal audit export --jti 0199a1c0-7f0e-7cc3-9f53-3a5c2f1d8e11 --checkpoint kept.txt
       privyseal audit export --format csv --service-user vkyc-prod > vkyc.csv
       privyseal audit export | zstd > log.zst
 
@@ -55,7 +81,9 @@ def export(format_: str, output: Path | None, **filters: str | None) -> None:
 
     progress = _Progress(header_lines=format_ == "csv")
     with authority() as api:
-        pieces = api.stream("/audit-records/export", format=format_, **filters)
+        pieces = api.stream(
+            "/audit-records/export", format=format_, checkpoint_size=checkpoint_size, **filters
+        )
         try:
             with replacing(output) if output else nullcontext(sys.stdout.buffer) as target:
                 for piece in progress.counted(pieces):
@@ -79,6 +107,7 @@ class _Progress:
     def __init__(self, *, header_lines: int) -> None:
         self._lines = -header_lines
         self._shown_at = 0.0
+        self._end = b""
 
     @property
     def records(self) -> int:
@@ -87,7 +116,9 @@ class _Progress:
     def counted(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
         try:
             for piece in pieces:
-                self._lines += piece.count(b"\n")
+                seen = self._end + piece
+                self._lines += piece.count(b"\n") - seen.count(_HEADER)
+                self._end = seen[1 - len(_HEADER) :]
                 self._show()
                 yield piece
         finally:

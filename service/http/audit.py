@@ -58,6 +58,14 @@ ResourceQuery = Annotated[
         description="The beginning of a resource.",
     ),
 ]
+CheckpointSize = Annotated[
+    int | None,
+    QueryParameter(
+        ge=0,
+        le=2**53 - 1,
+        description="Of a checkpoint that you hold: NDJSON can then be compared with that one.",
+    ),
+]
 PageSize = Annotated[int, QueryParameter(ge=1, le=1000)]
 Cursor = Annotated[
     str | None,
@@ -162,14 +170,25 @@ class AuditRecordController(Controller):
         exports: NamedDependency[Exports],
         wanted: NamedDependency[RecordFilter],
         format: FromQuery[Format] = Format.NDJSON,
+        checkpoint_size: CheckpointSize = None,
     ) -> ExportStream:
         """Stream every record that meets the filters, the oldest first; on record itself.
 
-        NDJSON has a record a line, as a query shows it. In CSV a text that a spreadsheet would take
-        for a formula begins with an apostrophe. An answer that breaks off is incomplete.
+        NDJSON can be verified offline. Its first line has the log's origin and a checkpoint, and so
+        has one before the records of each other log; then comes a record a line, as a query shows
+        it. `proof` holds the roots of the subtrees over what lies between it and the next one. In
+        CSV a text that a spreadsheet would take for a formula begins with an apostrophe. An answer
+        that breaks off is incomplete.
         """
-        origin = origin_of(request.scope)
-        return ExportStream(exports.pages(operator, wanted, format, origin), format)
+        pages = exports.pages(
+            operator,
+            wanted,
+            format,
+            origin_of(request.scope),
+            proven=format is Format.NDJSON,
+            checkpoint_size=checkpoint_size,
+        )
+        return ExportStream(pages, format)
 
 
 def _in_utc(request: AnyRequest, name: str, at: datetime | None) -> datetime | None:

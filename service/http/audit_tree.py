@@ -33,12 +33,16 @@ Size = Annotated[
 
 class InclusionProof(Struct, frozen=True, kw_only=True):
     """That a record is leaf `leaf_index` of the tree that `checkpoint` was signed over (RFC 6962
-    §2.1.1). Hashes are in base64; the leaf hash is SHA-256(0x00 ‖ `leaf`).
+    §2.1.1).
+
+    That is the tree of the log `log_origin`, which need not be the newest one. Hashes are in
+    base64; the leaf hash is SHA-256(0x00 ‖ `leaf`).
 
     `leaf` is null once the record was archived: its file has it.
     """
 
     id: UUID
+    log_origin: str
     leaf_index: int
     leaf: str | None
     leaf_hash: str
@@ -50,9 +54,10 @@ class InclusionProof(Struct, frozen=True, kw_only=True):
 class ConsistencyProof(Struct, frozen=True, kw_only=True):
     """That the log of `tree_size` records begins with that of `old_tree_size` (RFC 6962 §2.1.2).
 
-    Hashes are in base64.
+    It is the newest log, `log_origin`. Hashes are in base64.
     """
 
+    log_origin: str
     old_tree_size: int
     tree_size: int
     hashes: list[str]
@@ -76,6 +81,7 @@ class AuditTreeController(Controller):
         proof = await prove_inclusion(tree, record_id)
         return InclusionProof(
             id=record_id,
+            log_origin=proof.place.log_origin,
             leaf_index=proof.place.leaf_index,
             leaf=proof.leaf.encode().decode() if proof.leaf else None,
             leaf_hash=_base64(proof.place.leaf_hash),
@@ -96,7 +102,10 @@ class AuditTreeController(Controller):
         operator.require(AdminScope.AUDIT_READ)
         proof = await prove_consistency(tree, old_size, size or None)
         return ConsistencyProof(
-            old_tree_size=proof.old_size, tree_size=proof.size, hashes=_all_base64(proof.hashes)
+            log_origin=proof.log_origin,
+            old_tree_size=proof.old_size,
+            tree_size=proof.size,
+            hashes=_all_base64(proof.hashes),
         )
 
 

@@ -16,10 +16,13 @@ import structlog
 from litestar.types import Receive, Scope, Send
 
 from service.authority.audit import StoredRecord
+from service.authority.audit.export import Proven
 from service.http.context import origin_of
 
 STALL: Final = 60.0
 """Seconds for which a reader may take nothing: then its place is for somebody else."""
+
+_encode: Final = msgspec.json.Encoder().encode
 
 COLUMNS: Final = StoredRecord.__struct_fields__
 # A spreadsheet takes what begins so for a formula, and formulas can send cells elsewhere.
@@ -41,9 +44,7 @@ class ExportStream:
     """An ASGI answer. If it cannot be finished the connection is closed in the middle of the
     chunked body (RFC 9112 §8): no reader can take it for the whole."""
 
-    def __init__(
-        self, pages: AsyncGenerator[Sequence[StoredRecord], None], format_: Format
-    ) -> None:
+    def __init__(self, pages: AsyncGenerator[Sequence[Proven], None], format_: Format) -> None:
         self._pages = pages
         self._format = format_
 
@@ -67,7 +68,7 @@ class ExportStream:
                     request_id=origin_of(scope).request_id,
                 )
 
-    async def _send(self, first: Sequence[StoredRecord], send: Send) -> None:
+    async def _send(self, first: Sequence[Proven], send: Send) -> None:
         encode = _ENCODERS[self._format]
         await send(
             {
@@ -101,17 +102,26 @@ async def _left(receive: Receive) -> None:
         pass
 
 
-def ndjson(page: Sequence[StoredRecord]) -> bytes:
-    """Return a line a record, each the JSON of a query."""
-    lines = msgspec.json.Encoder().encode_lines(page)
+def ndjson(page: Sequence[Proven]) -> bytes:
+    """Return a line a record, each the JSON of a query with `proof` as one member more if there is
+    any, and a line a header."""
+    lines = b"".join(map(_line, page))
     for end, escaped in _LINE_ENDS.items():
         lines = lines.replace(end, escaped)
     return lines
 
 
-def as_csv(page: Sequence[StoredRecord]) -> bytes:
+def _line(proven: Proven) -> bytes:
+    line = _encode(proven.line)
+    if proven.proof:
+        line = b'%b,"proof":%b}' % (line[:-1], _encode(proven.proof))
+    return line + b"\n"
+
+
+def as_csv(page: Sequence[Proven]) -> bytes:
     """Return a line a record (RFC 4180), every cell in quotes; null is an empty one."""
-    return csv_lines([[_cell(getattr(record, name)) for name in COLUMNS] for record in page])
+    records = [each.line for each in page if isinstance(each.line, StoredRecord)]
+    return csv_lines([[_cell(getattr(record, name)) for name in COLUMNS] for record in records])
 
 
 def csv_lines(rows: Sequence[Sequence[str]]) -> bytes:
@@ -134,7 +144,7 @@ def _cell(value: Any) -> str:
     return f"'{text}" if text.startswith(_FORMULA) else text
 
 
-_ENCODERS: Final[dict[Format, Callable[[Sequence[StoredRecord]], bytes]]] = {
+_ENCODERS: Final[dict[Format, Callable[[Sequence[Proven]], bytes]]] = {
     Format.NDJSON: ndjson,
     Format.CSV: as_csv,
 }

@@ -7,15 +7,19 @@ import gzip
 import hashlib
 import os
 import re
-import zlib
+import sys
+import tempfile
 from base64 import b64encode
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from fcntl import F_SETPIPE_SZ, fcntl
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeVar
+from subprocess import PIPE, Popen
+from typing import Any, Final, TypeVar
 
 import msgspec
+from msgspec import Raw
 
 from keys.checkpoint import NoteVerifier
 from service.authority.audit.archive import (
@@ -27,11 +31,12 @@ from service.authority.audit.archive import (
     check_archive,
 )
 from service.authority.audit.merkle import Node
-from service.authority.audit.verify import Claim, Finding, Flaw, LogReport
+from service.authority.audit.verify import Claim, Finding, Flaw, LogReport, collector_at_rest
+from service.store import unpack
 
-_CHUNK: Final = 1 << 17
-# zlib: the largest window, and a gzip header.
-_GZIP: Final = 16 + zlib.MAX_WBITS
+# As much as Linux lets anybody set (fs.pipe-max-size): what is unpacked ahead.
+_PIPE: Final = 1 << 20
+_CHUNK: Final = 1 << 18
 _RECORDS: Final = ".ndjson.gz"
 _PROOF: Final = "-proof.ndjson.gz"
 _PERSONAL: Final = "-personal.ndjson.gz"
@@ -39,6 +44,8 @@ _MANIFEST: Final = ".json"
 _NOT_IN_A_NAME: Final = re.compile(r"[^A-Za-z0-9.-]+")
 
 Line = TypeVar("Line")
+Progress = Callable[[int, int], None]
+"""Told how many records of how many are done."""
 
 
 def archive_name(origin: str, month: str) -> str:
@@ -62,18 +69,27 @@ def read_manifest(path: Path) -> Manifest:
         raise Unreadable(f"{path} is no manifest of an archive ({error}).") from None
 
 
-def verify_archive(path: Path, *, verifier: NoteVerifier, outside: Sequence[Claim]) -> LogReport:
+def verify_archive(
+    path: Path,
+    *,
+    verifier: NoteVerifier,
+    outside: Sequence[Claim],
+    on_progress: Progress = lambda done, total: None,
+) -> LogReport:
     """Check an archive without any database; raise Unreadable if it has no manifest."""
     manifest = read_manifest(path)
     records, proof = manifest.files["records"].name, manifest.files["proof"].name
-    report = check_archive(
-        manifest,
-        verifier=verifier,
-        outside=outside,
-        records=_lines(path.with_name(records), ArchivedLine),
-        proof=_lines(path.with_name(proof), Node),
-        personal=_personal_lines(path.with_name(manifest.personal)),
-    )
+    with collector_at_rest():
+        report = check_archive(
+            manifest,
+            verifier=verifier,
+            outside=outside,
+            records=_counted(
+                _lines(path.with_name(records), ArchivedLine), manifest.records, on_progress
+            ),
+            proof=chain.from_iterable(_lines(path.with_name(proof), Node)),
+            personal=_personal_lines(path.with_name(manifest.personal)),
+        )
     changed = [
         Finding(
             flaw=Flaw.EDITED, words=f"{file.name} is not the file that the archive was made of."
@@ -108,8 +124,11 @@ class ArchiveWriter:
             % (leaf_index, b64encode(leaf_hash), leaf)
         )
 
-    def personal(self, line: PersonalLine) -> None:
-        """Add what is personal of a record."""
+    def personal(self, leaf_index: int, salt: bytes, values: Sequence[str]) -> None:
+        """Add what is personal of a record: client address, user agent, resource, department."""
+        line = PersonalLine(
+            leaf_index=leaf_index, salt=salt, values=Raw(msgspec.json.encode(values))
+        )
         self._personal.write(msgspec.json.encode(line) + b"\n")
 
     def proof(self, node: Node) -> None:
@@ -201,37 +220,54 @@ def _sha256(path: Path) -> str | None:
 
 def _personal_lines(path: Path) -> Iterator[PersonalLine]:
     """Read what is left of the personal values: a file that is gone was erased."""
-    return _lines(path, PersonalLine) if path.exists() else iter(())
+    return chain.from_iterable(_lines(path, PersonalLine)) if path.exists() else iter(())
 
 
-def _lines(path: Path, kind: type[Line]) -> Iterator[Line]:
-    """Read compressed lines; raise Unreadable where they end or do not make sense."""
+def _lines(path: Path, kind: type[Line]) -> Iterator[Sequence[Line]]:
+    """Read compressed lines, piece by piece; raise Unreadable where they end or make no sense."""
     decode = msgspec.json.Decoder(kind).decode_lines
     try:
-        with path.open("rb") as file:
-            for lines in _whole_lines(file):
-                yield from decode(lines)
-    except (OSError, EOFError, zlib.error, msgspec.DecodeError) as error:
+        for lines in _whole_lines(path):
+            yield decode(lines)
+    except (OSError, EOFError, msgspec.DecodeError) as error:
         raise Unreadable(f"{path.name} cannot be read to its end ({error}).") from None
 
 
-def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
+def _counted(
+    pieces: Iterable[Sequence[Line]], total: int, on_progress: Progress
+) -> Iterator[Sequence[Line]]:
+    done = 0
+    for lines in pieces:
+        yield lines
+        done += len(lines)
+        on_progress(done, total)
+
+
+def _whole_lines(path: Path) -> Iterator[bytes]:
     rest = b""
-    unpack = zlib.decompressobj(wbits=_GZIP)
-
-    def unpacked() -> bytes | None:
-        packed = file.read(_CHUNK)
-        return unpack.decompress(packed) if packed else None
-
-    # Decompressing needs no interpreter: it goes on beside the check of what came before.
-    with ThreadPoolExecutor(1) as beside:
-        ahead = beside.submit(unpacked)
-        while (chunk := ahead.result()) is not None:
-            ahead = beside.submit(unpacked)
-            lines, newline, rest = (rest + chunk).rpartition(b"\n")
-            if newline:
-                yield lines + newline
-    if not unpack.eof or unpack.unused_data:
-        raise EOFError("the compressed data has no end, or more than one")
+    for chunk in _unpacked(path):
+        if end := chunk.rfind(b"\n") + 1:
+            yield rest + chunk[:end]
+            rest = chunk[end:]
+        else:
+            rest += chunk
     if rest:
         yield rest
+
+
+def _unpacked(path: Path) -> Iterator[bytes]:
+    """Read what a compressed file holds, unpacked beside the check of what came before."""
+    command = (sys.executable, "-I", "-S", unpack.__file__, path)
+    with (
+        tempfile.TemporaryFile() as complaint,
+        Popen(command, stdout=PIPE, stderr=complaint) as unpacking,  # noqa: S603
+    ):
+        assert unpacking.stdout is not None
+        with suppress(OSError):  # it is refused to who has many of that size, and only for speed
+            fcntl(unpacking.stdout, F_SETPIPE_SZ, _PIPE)
+        while len(chunk := unpacking.stdout.read(_CHUNK)) == _CHUNK:
+            yield chunk
+        if unpacking.wait():
+            complaint.seek(0)
+            raise EOFError(complaint.read().decode(errors="replace").strip())
+        yield chunk

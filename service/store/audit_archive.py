@@ -15,7 +15,6 @@ from msgspec import Struct
 
 from keys.checkpoint import NoteVerifier
 from keys.secret import Secret
-from service.authority.audit.archive import PersonalLine
 from service.authority.audit.merkle import STORED_EVERY, Node, Span
 from service.authority.audit.record import Action, AuditRecord, Outcome, new_record_id
 from service.authority.audit.verify import (
@@ -280,7 +279,7 @@ def _write_page(writer: ArchiveWriter, page: Page, month: str, cuts: Sequence[in
         writer.record(index, leaf_hash, encoded(members))
         if (row := page.personal.get(record_id)) is not None:
             _, salt, *values = row
-            writer.personal(PersonalLine(leaf_index=index, salt=salt, values=tuple(values)))
+            writer.personal(index, salt, values)
     _prove_run(writer, others, stop, cuts)
 
 

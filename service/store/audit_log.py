@@ -54,10 +54,12 @@ SELECT r.id, r.commit_order, r.recorded_at, r.occurred_at, r.action, r.outcome, 
        r.service_user_id, r.service_user, r.source_system, r.version, r.credential_id,
        r.actor_id, r.actor, r.actor_credential_id, r.jti, r.kid, r.iat, r.exp, r.aud, r.scope,
        r.signing_input_sha256, r.request_id, r.repeats, r.details, r.personal_sha256,
-       l.leaf_index, p.salt, p.client_address, p.user_agent, p.resource, p.department
+       g.origin AS log_origin, l.leaf_index, l.leaf_hash,
+       p.salt, p.client_address, p.user_agent, p.resource, p.department
   FROM page
   JOIN audit_records r ON r.id = page.id
   LEFT JOIN audit_leaves l ON l.id = page.id
+  LEFT JOIN audit_logs g ON g.log = l.log
   LEFT JOIN audit_personal p ON p.id = page.id
  ORDER BY page.commit_order {direction}, page.id {direction}
 """
@@ -78,8 +80,9 @@ SELECT count(*) > $2
 _NAMED: Final = "coalesce((SELECT su.id FROM service_users su WHERE su.name = {0}), {0})"
 
 # Field of RecordFilter -> its condition; {0} is the parameter, {key} the table whose order leads.
-# Each has its index (0008).
+# Each has its index (0001, 0008).
 _CONDITIONS: Final = {
+    "id": "r.id = {0}",
     "service_user": f"r.service_user_id = {_NAMED}",
     "source_system": "r.source_system = {0}",
     "credential_id": "r.credential_id = {0}",
@@ -101,7 +104,7 @@ _CONDITIONS: Final = {
     " AND {key}.id < uuidv7_floor_1(greatest({0} + interval '1 hour', to_timestamp(0)))",
 }
 _PERSONAL_FILTERS: Final = frozenset({"client_address", "department", "resource"})
-_TYPES: Final = {"jti": "uuid", "since": "timestamptz", "until": "timestamptz"}
+_TYPES: Final = {"id": "uuid", "jti": "uuid", "since": "timestamptz", "until": "timestamptz"}
 
 
 # Below the deadline of who waits for the record: what comes too late should not be written.
@@ -213,6 +216,7 @@ class AuditRecords:
         return Issuance(
             signing_input_sha256=record["signing_input_sha256"],
             service_user=holder.service_user,
+            credential_id=record["credential_id"],
             credential=next(
                 (held for held in holder.credentials if held.id == record["credential_id"]), None
             ),

@@ -6,12 +6,15 @@ Decides nothing: what is hashed and signed is for `authority.audit.sequencer`.
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
 import asyncpg
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from keys.checkpoint import NoteVerifier
 from keys.secret import Secret
 from service.authority.audit import AuditRecord
 from service.authority.audit.continuity import AuditLogRow, Head, Place
@@ -49,17 +52,28 @@ SELECT count(*) FROM (
      WHERE (r.commit_order, r.id) > ($1::bigint, $2::uuid) LIMIT $3::bigint) AS waiting
 """
 
+# A copy has another number, or else is on another server; its name may be any.
+SELECT_DATABASE: Final = """
+SELECT pg_postmaster_start_time() AS started_at, oid
+  FROM pg_database WHERE datname = current_database()
+"""
+
 SELECT_LOG: Final = """
 SELECT log, origin, sealed_private, begins_after, begins_after_id
   FROM audit_logs ORDER BY log DESC LIMIT 1
 """
+
+SELECT_PUBLIC_KEY: Final = "SELECT origin, public_key FROM audit_logs WHERE log = $1"
 
 SELECT_HEAD: Final = """
 SELECT size, commit_order, last_id, note, signed_at
   FROM audit_checkpoints WHERE log = $1 ORDER BY size DESC LIMIT 1
 """
 
-SELECT_PLACE_IN_LOG: Final = "SELECT log, leaf_index, leaf_hash FROM audit_leaves WHERE id = $1"
+SELECT_PLACE_IN_LOG: Final = """
+SELECT l.log, g.origin, l.leaf_index, l.leaf_hash
+  FROM audit_leaves l JOIN audit_logs g ON g.log = l.log WHERE l.id = $1
+"""
 
 SELECT_HASHES: Final = """
 SELECT span.place, found.hash
@@ -108,11 +122,18 @@ def leaf_of(row: asyncpg.Record | Mapping[str, Any]) -> Leaf:
 
 
 class AuditTree:
-    """Reads the tree; implements `authority.audit.proofs.ProvableLog` and
+    """Reads the tree; implements `authority.audit.reading.CheckedLog` and
     `authority.key_administration.LogKeyStore`."""
 
     def __init__(self, lend: Lend) -> None:
         self._lend = lend
+
+    async def database(self) -> tuple[datetime, int]:
+        """Return which database this leads to: when its server started, and its number there."""
+        async with self._lend() as connection:
+            row = await connection.fetchrow(SELECT_DATABASE)
+        assert row is not None
+        return row["started_at"], row["oid"]
 
     async def current(self) -> AuditLogRow | None:
         """Return the newest log; None before `privyseal migrate` has made one."""
@@ -156,7 +177,10 @@ class AuditTree:
         if row is None:
             return None
         return PlaceInLog(
-            log_number=row["log"], leaf_index=row["leaf_index"], leaf_hash=row["leaf_hash"]
+            log_number=row["log"],
+            log_origin=row["origin"],
+            leaf_index=row["leaf_index"],
+            leaf_hash=row["leaf_hash"],
         )
 
     async def leaf(self, record_id: UUID) -> Leaf | None:
@@ -164,6 +188,13 @@ class AuditTree:
         async with self._lend() as connection:
             row = await connection.fetchrow(SELECT_LEAF, record_id)
         return None if row is None else leaf_of(row)
+
+    async def verifier(self, log_number: int) -> NoteVerifier:
+        """Return the verifier of a log's checkpoints, as the log names its key itself."""
+        async with self._lend() as connection:
+            row = await connection.fetchrow(SELECT_PUBLIC_KEY, log_number)
+        assert row is not None, "leaves are of a log that there is"
+        return NoteVerifier(row["origin"], Ed25519PublicKey.from_public_bytes(row["public_key"]))
 
     async def reseal(self, log: AuditLogRow, after: bytes, record: AuditRecord) -> bool:
         """Put `after` in the place of the log's sealed private half, if that is still there."""

@@ -21,14 +21,14 @@ from msgspec import Struct
 from keys.secret import Secret
 from service.authority.audit.merkle import STORED_EVERY, Node
 from service.authority.audit.record import Action
-from service.authority.audit.verify import Claim, Examination, Page, Part
+from service.authority.audit.verify import Claim, Examination, Page, Part, collector_at_rest
 from service.authority.errors import StoreUnavailable
 from service.store.audit_tree import LEAF_COLUMNS
 from service.store.database import Connection, Deadlines, connect, loss_as_unavailable
 
 PART: Final = 16_384
 """Leaves of a part: what one process examines before it reports."""
-PAGE: Final = 4_096
+PAGE: Final = 1_024
 """Leaves of one query: what is in memory at a time."""
 CLOSING: Final = 5.0
 """Seconds that a farewell may take."""
@@ -41,15 +41,19 @@ VERIFYING: Final = Deadlines(statement=600.0, lock=10.0, command=660.0, connect=
 LOCK_SHARED: Final = "SELECT pg_try_advisory_lock_shared(7709, 4)"
 
 SELECT_PAGE: Final = """
-SELECT leaf_index, id, leaf_hash FROM audit_leaves
+SELECT leaf_index, id::text AS id, leaf_hash FROM audit_leaves
  WHERE log = $1 AND leaf_index >= $2 AND leaf_index < $3 ORDER BY leaf_index
 """
 
-_RECORDS: Final = f"""
-SELECT {LEAF_COLUMNS.replace("r.version", "1 AS v, r.version")} FROM audit_records r
-"""  # noqa: S608
+# Ids as text, by Postgres: a codec of Python's would be called once an id.
+_COLUMNS: Final = (
+    LEAF_COLUMNS.replace("r.id,", "r.id::text AS id,")
+    .replace("r.jti,", "r.jti::text AS jti,")
+    .replace("r.version", "1 AS v, r.version")
+)
+_RECORDS: Final = f"SELECT {_COLUMNS} FROM audit_records r"  # noqa: S608
 _PERSONAL: Final = """
-SELECT p.id, p.salt, p.client_address, p.user_agent, p.resource, p.department
+SELECT p.id::text AS id, p.salt, p.client_address, p.user_agent, p.resource, p.department
   FROM audit_personal p
 """
 
@@ -257,7 +261,7 @@ def parts(dsn: Secret, job: Job, *, processes: int) -> Iterator[Part]:
     """
     count = -(-job.size // PART)
     if processes == 1 or job.size <= SMALL:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with collector_at_rest(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             connection = runner.run(_open_for(dsn, job))
             try:
                 for number in range(count):
@@ -267,6 +271,7 @@ def parts(dsn: Secret, job: Job, *, processes: int) -> Iterator[Part]:
         return
     fork = multiprocessing.get_context("fork")
     with ExitStack() as running:
+        running.enter_context(collector_at_rest())
         pipes: list[Pipe] = []
         for first in range(processes):
             here, there = fork.Pipe(duplex=False)

@@ -44,6 +44,12 @@ class CheckpointFiles:
         async with asyncio.timeout(DEADLINE):
             await asyncio.to_thread(self._keep, name, note)
 
+    async def sizes(self, log_number: int) -> list[int]:
+        """Return the sizes of those that are kept of a log, in order; raise OSError."""
+        async with asyncio.timeout(DEADLINE):
+            names = await asyncio.to_thread(self._names)
+        return [int(name[5:25]) for name in names if int(name[:4]) == log_number]
+
     def _newest(self) -> OutsideNote | None:
         while names := self._names():
             path = self._directory / names[-1]

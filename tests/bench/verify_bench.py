@@ -21,7 +21,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from rich.console import Console
 
 from keys.checkpoint import Checkpoint, NoteSigner, NoteVerifier
-from service.authority.audit.archive import PersonalLine
 from service.authority.audit.merkle import Frontier, leaf_hash
 from service.authority.audit.verify import LogCheck, LogReport, encoded
 from service.store.archive_files import publish, staged_archive, verify_archive
@@ -32,7 +31,7 @@ from service.store.embedded import EmbeddedPostgres, Running
 from service.store.migrate import migrate
 
 BAR: Final = 0.1
-ROUNDS: Final = 3
+ROUNDS: Final = 5
 FULL: Final = 400_000
 QUICK: Final = 100_000
 
@@ -148,7 +147,7 @@ async def _archived(running: Running, directory: Path) -> tuple[Path, NoteVerifi
                 for index, record_id, digest in leaves.leaves:
                     writer.record(index, digest, encoded(leaves.records[record_id]))
                     _, salt, *values = leaves.personal[record_id]
-                    writer.personal(PersonalLine(leaf_index=index, salt=salt, values=tuple(values)))
+                    writer.personal(index, salt, values)
     finally:
         await connection.close(timeout=5)
     assert log.newest_note is not None

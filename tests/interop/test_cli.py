@@ -3,6 +3,7 @@
 Looks at exit status, output and the tokens themselves; never into the program.
 """
 
+import asyncio
 import json
 import re
 import shutil
@@ -10,11 +11,13 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
+import asyncpg
 import httpx
 import pytest
 from click.testing import CliRunner, Result
@@ -461,6 +464,50 @@ def test_doctor_says_once_what_is_wrong_and_skips_what_relies_on_it(authority: A
     assert set(marks[2:]) == {"skip"}
     assert "No answer at 127.0.0.1:1 (ConnectionRefusedError)" in done.stdout
     assert "S3cr3t" not in done.stdout
+
+
+def test_doctor_names_the_months_that_should_be_in_an_archive_by_now(
+    start_authority: Callable[[], AbstractContextManager[Authority]],
+) -> None:
+    with start_authority() as authority:
+        asyncio.run(_put_a_record_into_march_2025(authority))
+        done = where_the_database_is(authority, "doctor")
+        assert {line.split()[0] for line in done.stdout.splitlines()} == {"ok"}
+        done = where_the_database_is(authority, "doctor", PRIVYSEAL_AUDIT_RETENTION_MONTHS="1200")
+        assert {line.split()[0] for line in done.stdout.splitlines()} == {"ok"}
+        done = where_the_database_is(authority, "doctor", PRIVYSEAL_AUDIT_RETENTION_MONTHS="1")
+    # It is a warning: nothing is broken.
+    assert done.returncode == 0, done.stdout
+    (weak,) = [line for line in done.stdout.splitlines() if not line.startswith("ok")]
+    assert " ".join(weak.split()) == (
+        "weak records 2025-03: older than PRIVYSEAL_AUDIT_RETENTION_MONTHS. Run "
+        "`privyseal audit archive --to DIR` as the owner."
+    )
+
+
+async def _put_a_record_into_march_2025(authority: Authority) -> None:
+    running = json.loads(
+        (Path(authority.environ["PRIVYSEAL_DATA_DIR"]) / "postgres.json").read_text()
+    )
+    owner = await asyncpg.connect(running["owner_dsn"], timeout=10)
+    try:
+        march, april = [
+            await owner.fetchval("SELECT uuidv7_floor_1($1)", datetime(2025, month, 1, tzinfo=UTC))
+            for month in (3, 4)
+        ]
+        await owner.execute(
+            f"CREATE TABLE audit_records_2025_03 PARTITION OF audit_records"
+            f" FOR VALUES FROM ('{march}') TO ('{april}')"
+        )
+        await owner.execute(
+            "INSERT INTO audit_records"
+            " (id, commit_order, recorded_at, action, outcome, request_id, repeats, details)"
+            " SELECT $1, max(commit_order), now(), 'audit.query', 'success', '', 1, '{}'"
+            "   FROM audit_records",
+            march,
+        )
+    finally:
+        await owner.close(timeout=5)
 
 
 def test_a_wrong_password_is_said_in_words(authority: Authority) -> None:

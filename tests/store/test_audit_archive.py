@@ -39,6 +39,7 @@ from service.store.audit_tree import LEAF_COLUMNS, LogHashes, always, leaf_of
 from service.store.embedded import Running
 from service.store.service_users import ServiceUsers
 from tests.conftest import open_audit_log
+from tests.interop.terminal import at_terminal
 
 pytestmark = pytest.mark.anyio
 
@@ -450,8 +451,34 @@ async def test_an_archive_says_which_checkpoints_it_cannot_be_compared_with(
 ) -> None:
     await grown.sequence(COUNT + 1)
     found = first_bad(verify_files([march], brought(grown, COUNT + 1)))
-    assert (found.flaw, found.index) == (Flaw.CHECKPOINT, None)
+    assert (found.flaw, found.index) == (Flaw.UNCOMPARED, None)
     assert "cannot be compared" in found.words
+    # Whoever gives a directory gives newer ones, too: one that can be compared is enough.
+    verdict = verify_files([march], brought(grown, COUNT, COUNT + 1))
+    assert (words(verdict), verdict.reports[0].compared_outside) == ([], 1)
+
+
+async def test_a_bar_shows_how_far_the_check_of_an_archive_is(grown: Log, march: Path) -> None:
+    verify = ("audit", "verify", f"--key={grown.signer.verifier.vkey}", str(march))
+    status, screen = await asyncio.to_thread(at_terminal, verify, os.environ, columns=100, typed="")
+    assert status == 0, screen
+    done, total = len(IN_MARCH), len(IN_MARCH)
+    assert screen.index(f"0/{total}") < screen.index(f"{done}/{total}")
+    assert screen.index(f"{done}/{total}") < screen.index("Nothing was changed.")
+
+
+@pytest.mark.parametrize("damage", ["cut", "twice", "no gzip"])
+async def test_an_archive_whose_compressed_bytes_are_damaged_is_unreadable_from_there(
+    grown: Log, march: Path, damage: str
+) -> None:
+    path = march.with_suffix(".ndjson.gz")
+    packed = path.read_bytes()
+    path.write_bytes({"cut": packed[:-9], "twice": packed * 2, "no gzip": b"x" + packed}[damage])
+    verdict = verify_files([march], brought(grown))
+    said = [line for line in words(verdict) if f"{path.name} cannot be read to its end" in line]
+    assert len(said) == 1
+    why = "no end, or more than one" if damage != "no gzip" else "incorrect header check"
+    assert why in said[0]
 
 
 # Erasing

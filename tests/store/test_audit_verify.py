@@ -2,7 +2,10 @@
 bad record; what it can only find with a checkpoint from outside, it does not find without."""
 
 import asyncio
+import gc
 import json
+import os
+import subprocess
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -26,6 +29,7 @@ from service.cli.audit_offline import Pinned, Verdict, verify_database
 from service.store.audit_tree import LEAF_COLUMNS, leaf_of
 from service.store.embedded import OWNER, SUPERUSER, Running
 from tests.conftest import open_audit_log
+from tests.interop.terminal import PRIVYSEAL, at_terminal
 
 pytestmark = pytest.mark.anyio
 
@@ -408,6 +412,16 @@ async def test_an_erased_personal_value_is_reported_as_erased_and_a_changed_one_
     assert (found.flaw, found.index, found.id) == (Flaw.PERSONAL, 5, ids[5])
 
 
+async def test_a_check_leaves_the_collector_of_cycles_as_it_was(grown: Log, check: Check) -> None:
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            await check(grown.notes)
+            assert gc.isenabled() is enabled
+        finally:
+            gc.enable()
+
+
 # The command
 
 
@@ -442,3 +456,26 @@ async def test_the_command_says_it_in_json_and_by_its_exit_status(
     assert f"Record 0 ({(await grown.ids())[0]}) was edited" in out
     assert (await run("--key=nonsense"))[0] == 2
     assert (await run(*usual, str(tmp_path / "note")))[0] == 2
+
+
+async def test_a_bar_shows_how_far_the_check_is_on_a_terminal_and_nowhere_else(
+    grown: Log, database: Running, signer: NoteSigner, tmp_path: Path
+) -> None:
+    (tmp_path / "note").write_bytes(grown.notes[-1])
+    verify = (
+        "audit",
+        "verify",
+        f"--database={database.service_dsn.reveal()}",
+        f"--key={signer.verifier.vkey}",
+        f"--checkpoint={tmp_path / 'note'}",
+    )
+    status, screen = await asyncio.to_thread(at_terminal, verify, os.environ, columns=100, typed="")
+    assert status == 0, screen
+    (before, after) = (screen.index(f"{done}/{COUNT}") for done in (0, COUNT))
+    assert before < after < screen.index("Nothing was changed.")
+    assert f"{ORIGIN} \u2501" in screen
+    piped = await asyncio.to_thread(
+        subprocess.run, (PRIVYSEAL, *verify), capture_output=True, text=True, timeout=60
+    )
+    assert (piped.returncode, piped.stderr) == (0, "")
+    assert f"/{COUNT}" not in piped.stdout

@@ -476,6 +476,26 @@ async def test_an_older_backup_is_noticed_and_says_which_records_are_missing(
     assert await process().compare() is None, "the right database is whole all the time"
 
 
+async def test_a_connection_from_before_cannot_say_that_a_restored_database_is_whole(
+    append: Append, process: NewProcess, copy: Copy
+) -> None:
+    """Connections outlive a name: those to the old database, and old server, find it whole."""
+    await append(5)
+    one = process()
+    await one.sequence(5)
+    backup = await copy()
+    await append(7)
+    await one.sequence(12)
+    async with one.connected() as before, process(backup).connected() as restored:
+        assert await one.continuity.compare(before) is not None
+        assert await one.continuity.compare(restored) is None
+        with pytest.raises(StoreUnavailable, match="newer connections lead to another database"):
+            await one.sequencer.tick(before)
+        with pytest.raises(AuditUnavailable, match="records 5-11 are missing"):
+            one.continuity.require()
+    assert await one.compare() is None, "a new connection leads to the right database again"
+
+
 async def test_without_its_outside_checkpoint_an_older_backup_is_not_noticed(
     append: Append, process: NewProcess, copy: Copy, tmp_path: Path
 ) -> None:

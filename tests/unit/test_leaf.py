@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from service.authority.audit.leaf import MAX_INTEGER, Leaf, NotEncodable
 from service.authority.audit.merkle import leaf_hash
-from service.authority.audit.record import personal
+from service.authority.audit.record import Action, AuditRecord, Outcome, personal
 from service.authority.model import ClientAddress
 
 WRITTEN_DOWN = Path(__file__).parents[2] / "deploy" / "decisions" / "audit-log-encoding.md"
@@ -115,23 +116,36 @@ def test_every_member_changes_the_leaf(name: str) -> None:
     assert changed.encode() != EXAMPLE.encode()
 
 
-@pytest.mark.parametrize(
-    "details",
-    [
-        {"a": 1.0},
-        {"a": [{"b": float("nan")}]},
-        {"a": MAX_INTEGER + 1},
-        {"a": {"b": -MAX_INTEGER - 1}},
-        {"é": 1},
-        {"a": {"\U0001f600": 1}},
-        {1: "a"},
-        {"a": b"bytes"},
-        {"a": {1, 2}},
-    ],
-)
+NOT_CANONICAL: list[dict[Any, Any]] = [
+    {"a": 1.0},
+    {"a": [{"b": float("nan")}]},
+    {"a": MAX_INTEGER + 1},
+    {"a": {"b": -MAX_INTEGER - 1}},
+    {"é": 1},
+    {"a": {"\U0001f600": 1}},
+    {1: "a"},
+]
+
+
+@pytest.mark.parametrize("details", [*NOT_CANONICAL, {"a": b"bytes"}, {"a": {1, 2}}])
 def test_what_has_no_canonical_form_is_refused(details: dict[str, Any]) -> None:
     with pytest.raises(NotEncodable):
         msgspec.structs.replace(EXAMPLE, details=details).encode()
+
+
+@pytest.mark.parametrize("details", NOT_CANONICAL)
+def test_no_record_can_be_made_that_would_stop_the_log(details: dict[str, Any]) -> None:
+    """Whoever writes it, and before anything is committed."""
+    record = AuditRecord(id=EXAMPLE.id, action=Action.AUDIT_QUERY, outcome=Outcome.SUCCESS)
+    with pytest.raises(NotEncodable):
+        msgspec.structs.replace(record, details=details)
+    with pytest.raises(NotEncodable):
+        AuditRecord(id=EXAMPLE.id, action="a.b", outcome=Outcome.SUCCESS, details=details)
+
+
+def test_a_record_may_hold_what_the_store_gets_as_text() -> None:
+    details = {"since": datetime(2027, 1, 31, tzinfo=UTC), "jti": EXAMPLE.id, "is": Outcome.FAILED}
+    AuditRecord(id=EXAMPLE.id, action="a.b", outcome=Outcome.SUCCESS, details=details)
 
 
 def test_nothing_personal_is_in_the_leaf_but_its_digest_can_be_recomputed() -> None:

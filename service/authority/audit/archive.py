@@ -5,8 +5,7 @@ Opens no file: lines come in as they were read.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
-from typing import Final, Literal
+from typing import Literal
 from uuid import UUID
 
 import msgspec
@@ -23,13 +22,10 @@ from service.authority.audit.verify import (
     Part,
     Subtree,
     claim_of,
+    leaf_digest,
     subtrees,
 )
 
-_RUN: Final = 4_096
-"""Lines that are examined at a time."""
-
-_encode = msgspec.json.Encoder().encode
 _sha256 = hashlib.sha256
 
 
@@ -42,11 +38,14 @@ class ArchivedLine(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class PersonalLine(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
-    """What is personal of a record: client address, user agent, resource, department."""
+    """What is personal of a record: client address, user agent, resource, department.
+
+    `values` is the array of them that was hashed behind the salt, byte for byte.
+    """
 
     leaf_index: int
     salt: bytes
-    values: tuple[str, str, str, str]
+    values: Raw
 
 
 class ArchivedFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -82,6 +81,7 @@ class _Member(Struct, frozen=True, gc=False):
 
 
 _member_of = msgspec.json.Decoder(_Member).decode
+_members_of = msgspec.json.Decoder(list[_Member]).decode
 
 
 class Unreadable(Exception):
@@ -93,11 +93,14 @@ def check_archive(
     *,
     verifier: NoteVerifier,
     outside: Sequence[Claim],
-    records: Iterable[ArchivedLine],
+    records: Iterable[Sequence[ArchivedLine]],
     proof: Iterator[Node],
     personal: Iterator[PersonalLine],
 ) -> LogReport:
-    """Check the lines against each other and against checkpoints, with memory that stays flat."""
+    """Check the lines against each other and against checkpoints, with memory that stays flat.
+
+    `records` come in pieces: some hundred are faster than thousands, which no cache would hold.
+    """
     try:
         own = claim_of(
             manifest.checkpoint.encode(), verifier, place="its own checkpoint", outside=False
@@ -122,14 +125,14 @@ def check_archive(
 def _check(
     check: LogCheck,
     own: Claim,
-    records: Iterable[ArchivedLine],
+    records: Iterable[Sequence[ArchivedLine]],
     proof: Iterator[Node],
     personal: "_Personal",
 ) -> None:
-    lines = iter(records)
+    runs = filter(None, records)
     at = 0
     ahead = next(proof, None)
-    run = list(islice(lines, _RUN))
+    run = next(runs, ())
     while run or ahead:
         if ahead is not None and ahead.index << ahead.level == at:
             size = 1 << ahead.level
@@ -145,7 +148,7 @@ def _check(
         cuts = check.cuts(at, at + length)
         check.add(_examined(run[:length], personal, cuts, own))
         at += length
-        run = run[length:] or list(islice(lines, _RUN))
+        run = run[length:] or next(runs, ())
     if at != own.size:
         _disagreement(check, None, at)
 
@@ -181,28 +184,27 @@ def _examined(
     lines: Sequence[ArchivedLine], personal: "_Personal", cuts: Sequence[int], own: Claim
 ) -> Part:
     findings: list[Finding] = []
-    places: list[tuple[int, str]] = []
+    first: tuple[int, str] | None = None
+    last: tuple[int, str] | None = None
     erased = 0
-    for line in lines:
-        leaf = _sha256(b"\x00")
-        leaf.update(line.leaf)
-        try:
-            member = _member_of(line.leaf)
-        except msgspec.DecodeError:
+    for line, member in zip(lines, _members(lines), strict=True):
+        if member is None:
             findings.append(_flaw(Flaw.EDITED, line, None, "was edited: it is no record"))
             continue
-        if leaf.digest() != line.leaf_hash:
+        if leaf_digest(line.leaf) != line.leaf_hash:
             findings.append(_flaw(Flaw.EDITED, line, member.id, "was edited: it has another hash"))
         place = (int(member.commit_order), member.id)
-        if places and place < places[-1]:
+        if last is None:
+            first = place
+        elif place < last:
             findings.append(
                 _flaw(Flaw.REORDERED, line, member.id, "stands behind one that was committed later")
             )
-        places.append(place)
+        last = place
         values = personal.of(line.leaf_index)
         if values is None:
             erased += member.personal_sha256 is not None
-        elif _sha256(values.salt + _encode(values.values)).digest() != member.personal_sha256:
+        elif _sha256(values.salt + values.values).digest() != member.personal_sha256:
             findings.append(
                 _flaw(
                     Flaw.PERSONAL,
@@ -220,12 +222,28 @@ def _examined(
         archived={},
         subtrees=subtrees([line.leaf_hash for line in lines], start, cuts),
         whole=True,
-        first=places[0] if places else None,
-        last=places[-1] if places else None,
+        first=first,
+        last=last,
         findings=findings,
         flaws=len(findings),
         claims=[own],
     )
+
+
+def _members(lines: Sequence[ArchivedLine]) -> Sequence[_Member | None]:
+    """Return what each leaf says, None where it is no record."""
+    try:
+        # As one array: half the time that they take one by one.
+        return _members_of(b"[%b]" % b",".join([line.leaf for line in lines]))
+    except msgspec.DecodeError:
+        return [_member_or_none(line.leaf) for line in lines]
+
+
+def _member_or_none(leaf: Raw) -> _Member | None:
+    try:
+        return _member_of(leaf)
+    except msgspec.DecodeError:
+        return None
 
 
 def _flaw(flaw: Flaw, line: ArchivedLine, record_id: str | None, what: str) -> Finding:

@@ -4,10 +4,11 @@ Signs nothing and mends nothing: while the answer is no, nothing is issued and n
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from datetime import datetime
 from typing import Final, Protocol
 from uuid import UUID
+from weakref import WeakSet
 
 import structlog
 from msgspec import Struct
@@ -17,7 +18,7 @@ from keys.envelope import EnvelopeError, KekReader
 from keys.log_key import open_log_key
 from service import metrics
 from service.authority.audit.merkle import Frontier, HashesMissing, StoredHashes, frontier_at
-from service.authority.errors import AuditUnavailable
+from service.authority.errors import AuditUnavailable, StoreUnavailable
 
 log = structlog.stdlib.get_logger()
 
@@ -60,6 +61,10 @@ class Head(Struct, frozen=True, kw_only=True):
 class LogReader(Protocol):
     """The log in the database; every method may raise StoreUnavailable."""
 
+    async def database(self) -> Hashable:
+        """Return which database this leads to: never that of another one, or of another server."""
+        ...
+
     async def current(self) -> AuditLogRow | None:
         """Return the newest log."""
         ...
@@ -92,6 +97,10 @@ class OutsideCheckpoints(Protocol):
         """Keep a checkpoint durably; one that is there already is no error."""
         ...
 
+    async def sizes(self, log_number: int) -> Sequence[int]:
+        """Return the sizes of those that are kept of a log, in order."""
+        ...
+
 
 class Standing(Struct, frozen=True, kw_only=True):
     """The log as it was found whole: its key, its newest head, and the tree under that."""
@@ -112,6 +121,8 @@ class Continuity:
     """Compares, remembers the answer, and is asked before anything is issued.
 
     Each comparison stands for itself: once the database is right again, the next one finds it so.
+    But only what a new connection leads to is the database: one that was opened before a restored
+    one took its place may still lead to the old one, which is whole.
     """
 
     def __init__(
@@ -125,6 +136,8 @@ class Continuity:
         self._read_keks = read_keks
         self._monotonic = monotonic
         self._signer: tuple[bytes, NoteSigner] | None = None
+        self._database: Hashable = None
+        self._known: WeakSet[LogReader] = WeakSet()
         self._complained_at = float("-inf")
         self.broken: str | None = _NOT_COMPARED
         """In words, why nothing may be issued; None if the log is whole."""
@@ -145,9 +158,16 @@ class Continuity:
     async def compare(self, reader: LogReader) -> Standing | None:
         """Return the log if it is whole and extends the newest outside checkpoint.
 
-        Otherwise return None: `broken` says why. Raise StoreUnavailable, and OSError while the
-        outside checkpoints cannot be read: then the answer of before stands.
+        Otherwise return None: `broken` says why. Raise StoreUnavailable, also if `reader` leads to
+        another database than one that was first asked later, and OSError while the outside
+        checkpoints cannot be read: then the answer of before stands.
         """
+        database = await reader.database()
+        if reader not in self._known:
+            self._known.add(reader)
+            self._database = database
+        elif database != self._database:
+            raise StoreUnavailable("newer connections lead to another database")
         try:
             standing = await self._compare(reader)
         except Broken as broken:

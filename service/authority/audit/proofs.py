@@ -18,6 +18,7 @@ class PlaceInLog(Struct, frozen=True, kw_only=True):
     """Where a record is in the tree."""
 
     log_number: int
+    log_origin: str
     leaf_index: int
     leaf_hash: bytes
 
@@ -46,6 +47,7 @@ class Inclusion(Struct, frozen=True, kw_only=True):
 class Consistency(Struct, frozen=True, kw_only=True):
     """That the tree of `size` leaves begins with that of `old_size`."""
 
+    log_origin: str
     old_size: int
     size: int
     hashes: list[bytes]
@@ -79,4 +81,4 @@ async def prove_consistency(log: ProvableLog, old_size: int, size: int | None) -
             f"No such proof: expected from <= to <= {head.size}, the size of the newest checkpoint."
         )
     hashes = await consistency_proof(old_size, size, log.hashes(current.number))
-    return Consistency(old_size=old_size, size=size, hashes=hashes)
+    return Consistency(log_origin=current.origin, old_size=old_size, size=size, hashes=hashes)

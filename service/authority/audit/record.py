@@ -15,6 +15,7 @@ import msgspec
 import uuid_utils
 from msgspec import Struct
 
+from service.authority.audit.leaf import require_encodable
 from service.authority.model import ClientAddress
 
 
@@ -33,6 +34,9 @@ class Action(StrEnum):
     SERVICE_USER_DISABLE = "service_user.disable"
     SERVICE_USER_ENABLE = "service_user.enable"
     CREDENTIAL_CREATE = "credential.create"
+    CREDENTIAL_HAND_OVER = "credential.hand_over"
+    CREDENTIAL_OPEN = "credential.open"
+    CREDENTIAL_ROTATE = "credential.rotate"
     CREDENTIAL_LIST = "credential.list"
     CREDENTIAL_REVOKE = "credential.revoke"
     CREDENTIAL_CONFIRM = "credential.confirm"
@@ -80,6 +84,9 @@ class AuditRecord(Struct, frozen=True, kw_only=True):
     that another service reported, `action` is what that calls it, `jti` and the digest are of the
     token that it was made with, and `occurred_at` is when.
     What is personal goes to a table beside the log; the log holds its salted SHA-256.
+
+    None can be made whose `details` have no canonical form (NotEncodable): once on record, it would
+    stop the log.
     """
 
     id: UUID
@@ -113,19 +120,27 @@ class AuditRecord(Struct, frozen=True, kw_only=True):
     salt: bytes | None = None
     personal_sha256: bytes | None = None
 
+    def __post_init__(self) -> None:
+        if self.details:
+            # As the store gets it: times, ids and enumerations are texts there.
+            require_encodable(msgspec.to_builtins(self.details))
+
 
 class StoredRecord(Struct, frozen=True, kw_only=True):
     """A record as it is read: what was asked for it to be, when it became durable, and where.
 
     `jti` is the token that was issued, and then the record's own id, or the one that a reported
     call was made with; `occurred_at` is when, by the reporter's clock. `leaf_index` is the place in
-    the Merkle tree, null until it has one. The personal fields are null once they were erased, and
+    the Merkle tree of the log `log_origin`, and `leaf_hash` (base64) what is hashed there; null
+    until it has one. The personal fields are null once they were erased, and
     for records that never had any; with `personal_salt` they hash to `personal_sha256` (both hex).
     """
 
     id: UUID
     cursor: str
+    log_origin: str | None
     leaf_index: int | None
+    leaf_hash: bytes | None
     recorded_at: datetime
     occurred_at: datetime | None
     action: str
@@ -164,6 +179,7 @@ class RecordFilter(Struct, frozen=True, kw_only=True):
     made with it; `resource` is a prefix.
     """
 
+    id: UUID | None = None
     service_user: str | None = None
     source_system: str | None = None
     credential_id: str | None = None

@@ -1,0 +1,111 @@
+"""Exports as files: cut into blocks, which several processes examine.
+
+Judges no record: `authority.audit.exported` does.
+"""
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+
+from service.authority.audit.archive import Unreadable
+from service.authority.audit.exported import (
+    HEADER_BEGINS,
+    Block,
+    ExportCheck,
+    Pinning,
+    examine,
+)
+from service.authority.audit.verify import LogReport, Part, collector_at_rest
+
+CHUNK: Final = 1 << 22
+"""Bytes of a block, about: what is in memory at a time, in each process."""
+_NEXT_HEADER: Final = b"\n" + HEADER_BEGINS
+
+
+class Stretch(Struct, frozen=True, kw_only=True):
+    """Where the lines of a block are in a file."""
+
+    path: Path
+    start: int
+    stop: int
+    block: Block
+
+
+def is_export(path: Path) -> bool:
+    """Say whether a file is an export and not of an archive; raise OSError."""
+    with path.open("rb") as file:
+        # A manifest begins with a line of its own; whatever else an archive has is compressed.
+        return file.read(2) == b'{"'
+
+
+def verify_export(
+    path: Path,
+    *,
+    pinning: Callable[[str], Pinning],
+    cuts: Sequence[int],
+    processes: int,
+    on_progress: Callable[[int], None],
+    chunk: int = CHUNK,
+) -> list[LogReport]:
+    """Check an export without any database; return a report for each log.
+
+    `cuts` are the sizes of the checkpoints that it is compared with. The processes are forked: no
+    other thread may be running. Raise Unreadable if it does not begin with a checkpoint, OSError,
+    and whatever `pinning` raises.
+    """
+    check = ExportCheck(pinning)
+    stretches = _stretches(path, cuts, chunk)
+    with ExitStack() as running:
+        examined: Iterable[tuple[Stretch, list[Part]]]
+        if processes == 1 or path.stat().st_size <= 2 * chunk:
+            examined = map(_examined, stretches)
+        else:
+            pool = running.enter_context(multiprocessing.get_context("fork").Pool(processes))
+            examined = pool.imap(_examined, stretches)
+        for stretch, parts in examined:
+            check.add(stretch.block, parts)
+            on_progress(stretch.stop)
+    return check.finish()
+
+
+def _examined(stretch: Stretch) -> tuple[Stretch, list[Part]]:
+    with stretch.path.open("rb") as file, collector_at_rest():
+        file.seek(stretch.start)
+        lines = file.read(stretch.stop - stretch.start).splitlines()
+        return stretch, examine(stretch.block, lines)
+
+
+def _stretches(path: Path, cuts: Sequence[int], chunk: int) -> Iterator[Stretch]:
+    header: bytes | None = None
+    line = 1
+    for start, lines in _chunks(path, chunk):
+        at = 0
+        while at < len(lines):
+            begins = lines.startswith(HEADER_BEGINS, at)
+            if begins:
+                end = lines.find(b"\n", at) + 1 or len(lines)
+                header, at, line = lines[at:end], end, line + 1
+            if header is None:
+                raise Unreadable("It does not begin with a checkpoint.")
+            stop = lines.find(_NEXT_HEADER, max(at - 1, 0)) + 1 or len(lines)
+            block = Block(header=header, begins=begins, first_line=line, cuts=cuts)
+            yield Stretch(path=path, start=start + at, stop=start + stop, block=block)
+            line += lines.count(b"\n", at, stop)
+            at = stop
+
+
+def _chunks(path: Path, size: int) -> Iterator[tuple[int, bytes]]:
+    """Yield whole lines, and where they begin; the last one may lack its end."""
+    start, rest = 0, b""
+    with path.open("rb") as file:
+        while chunk := file.read(size):
+            lines, newline, rest = (rest + chunk).rpartition(b"\n")
+            if newline:
+                yield start, lines + newline
+                start += len(lines) + 1
+    if rest:
+        yield start, rest
