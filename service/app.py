@@ -5,13 +5,15 @@ Decides nothing else.
 
 import asyncio
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Final, cast
@@ -28,24 +30,35 @@ from keys.signer import LOCAL, Custody, CustodyBySchemes, LocalCustody, scheme_o
 from keys.verifier.jwks_client import MAX_STALE
 from service import metrics
 from service.authority.administration import Administration
+from service.authority.attention import Watch
 from service.authority.audit import AuditLog
 from service.authority.audit.claims import Claims
 from service.authority.audit.continuity import NO_LOG, Continuity
 from service.authority.audit.events import EventReports
-from service.authority.audit.export import Exports
+from service.authority.audit.export import Exports, Proven
 from service.authority.audit.forged import ForgedTokens
+from service.authority.audit.reading import AuditReading
 from service.authority.audit.sequencer import Sequencer
+from service.authority.by_hand import TokensByHand
 from service.authority.clock import DatabaseClock
 from service.authority.confirmation import Confirmations
 from service.authority.errors import StartRefused, StoreUnavailable
+from service.authority.hand_over import HandOvers
 from service.authority.issuer import TokenIssuer
 from service.authority.key_administration import KeyAdministration
 from service.authority.key_rotation import KeyRotator, LiveKeyRing
 from service.authority.leaked import Leaks
+from service.authority.model import Clock
 from service.authority.operators import Operators
+from service.authority.own_credentials import OwnCredentials
+from service.authority.people import People
 from service.authority.sessions import Sessions
+from service.authority.usage import Usage
 from service.console.gate import gate
+from service.console.ingest_client import IngestClient
+from service.console.provider import Provider
 from service.console.routes import console
+from service.console.samples import Installation
 from service.http import openapi
 from service.http.admin import (
     MAX_BODY,
@@ -60,8 +73,10 @@ from service.http.audit_events import AuditEventController
 from service.http.audit_tree import AuditTreeController, checkpoint_endpoint
 from service.http.context import RequestContext
 from service.http.errors import EXCEPTION_HANDLERS
+from service.http.export import ExportStream, Format
 from service.http.held import HeldCredentialController
 from service.http.leaked import LeakedCredentialController
+from service.http.own_credentials import OwnCredentialController
 from service.http.signing_keys import SigningKeyController
 from service.http.token import token_endpoint
 from service.http.well_known import (
@@ -73,6 +88,7 @@ from service.http.well_known import (
 )
 from service.logging import configure_logging
 from service.settings import MAX_TOKEN_LIFETIME, RING_POLL, Settings
+from service.store.attention import AttentionRecords
 from service.store.audit_events import AuditEvents
 from service.store.audit_log import AuditRecords, PostgresRecordWriter
 from service.store.audit_tree import AuditTree, always, postgres_log
@@ -80,9 +96,11 @@ from service.store.checkpoint_files import CheckpointFiles
 from service.store.database import Connection, Database, check_server
 from service.store.embedded import find_running
 from service.store.migrate import require_schema
+from service.store.names import ServiceUserNames
 from service.store.notifications import ChangeListener
 from service.store.service_users import CachedDirectory, ServiceUsers
 from service.store.signing_keys import SigningKeys
+from service.store.usage import RecordedUses
 
 AUDIT_WRITERS: Final = 2
 SIGNING_THREADS: Final = 2
@@ -100,7 +118,12 @@ def create_app() -> ASGIApp:
     settings = Settings.from_environ(os.environ)
     configure_logging(settings.log_level)
     read_keks = kek_reader(settings.kek_path)
-    return Authority(settings, dsn=service_dsn(settings), read_keks=read_keks).asgi
+    asgi = Authority(settings, dsn=service_dsn(settings), read_keks=read_keks).asgi
+    # What is there now stays: to look through all of it for cycles would hold every request up for
+    # some 50 ms, each time that much has come and gone.
+    gc.collect()
+    gc.freeze()
+    return asgi
 
 
 def service_dsn(settings: Settings) -> Secret:
@@ -166,6 +189,22 @@ def custody(settings: Settings, read_keks: KekReader, executor: Executor) -> Cus
                 ) from None
             custodies[PKCS11] = Pkcs11Custody(uri)
     return CustodyBySchemes(scheme_of(settings.key_custody[0]), custodies)
+
+
+def provider_of(settings: Settings, clock: Clock) -> Provider | None:
+    """Return the human portal that the settings name, if they name one."""
+    if settings.oidc_issuer is None or settings.oidc_client_id is None:
+        return None
+    return Provider(
+        issuer=settings.oidc_issuer,
+        client_id=settings.oidc_client_id,
+        client_secret=settings.oidc_client_secret,
+        name=settings.provider_name or "",
+        scopes_claim=settings.oidc_scopes_claim,
+        callback=settings.provider_callback,
+        clock=clock,
+        clock_skew=settings.clock_skew,
+    )
 
 
 class Authority:
@@ -281,13 +320,45 @@ class Authority:
             operators=operators,
             clock=self.clock,
         )
+        reading = AuditReading(
+            records=records,
+            log=tree,
+            broken=lambda: self.continuity.broken,
+            clock=self.clock,
+        )
         confirmations = Confirmations(store=users, operators=operators, clock=self.clock)
+        self.uses = RecordedUses(self.database)
+        usage = Usage(store=users, uses=self.uses, clock=self.clock)
+        hand_overs = HandOvers(store=users, audit=self.audit, clock=self.clock)
+        own_credentials = OwnCredentials(store=users, operators=operators, clock=self.clock)
         leaks = Leaks(holders=users, administration=administration)
         sessions = Sessions(
             issuer=settings.issuer,
             console_audience=settings.console_audience,
             token_issuer=issuer,
             operators=operators,
+            clock=self.clock,
+        )
+        by_hand = TokensByHand(
+            issuer=settings.issuer,
+            api_audience=settings.api_audience,
+            token_issuer=issuer,
+            operators=operators,
+            directory=self.directory,
+            names=ServiceUserNames(self.database),
+            clock=self.clock,
+        )
+        installation = Installation(
+            token_url=f"{settings.issuer}/oauth/token",
+            ingest_url=settings.upload_url,
+            ingest_audience=settings.audience,
+        )
+        people = People(store=users, api_audience=settings.api_audience, clock=self.clock)
+        watch = Watch(
+            store=AttentionRecords(self.database),
+            held=users,
+            keys=self.rotator,
+            log=self.continuity,
             clock=self.clock,
         )
         self._schema_ready = asyncio.Event()
@@ -299,18 +370,30 @@ class Authority:
             "issuer": _provide(issuer),
             "records": _provide(records),
             "exports": _provide(exports),
+            "export_stream": _provide(_export_stream),
+            "reading": _provide(reading),
             "confirmations": _provide(confirmations),
+            "usage": _provide(usage),
+            "hand_overs": _provide(hand_overs),
+            "own_credentials": _provide(own_credentials),
             "leaks": _provide(leaks),
             "tree": _provide(tree),
             "clock": _provide(self.clock),
             "key_administration": _provide(key_administration),
             "event_reports": _provide(event_reports),
             "sessions": _provide(sessions),
+            "watch": _provide(watch),
+            "people": _provide(people),
+            "provider": _provide(provider_of(settings, self.clock)),
+            "by_hand": _provide(by_hand),
+            "installation": _provide(installation),
+            "ingest_client": _provide(IngestClient(settings.upload_url)),
         }
         admin_api = Router(
             "/api/v1",
             route_handlers=[
                 ServiceUserController,
+                OwnCredentialController,
                 HeldCredentialController,
                 LeakedCredentialController,
                 SigningKeyController,
@@ -325,7 +408,11 @@ class Authority:
             security=[{"bearer": []}],
         )
         let_in = gate(
-            sessions, issuer=settings.issuer, clock=self.clock, count_forged=forged_tokens.count
+            sessions,
+            issuer=settings.issuer,
+            clock=self.clock,
+            count_forged=forged_tokens.count,
+            portal=settings.provider_name,
         )
         self.litestar = Litestar(
             route_handlers=[
@@ -410,6 +497,7 @@ class Authority:
                         raise StartRefused(NO_LOG)
                     await connection.execute("SELECT open_audit_era_1()")
                     await connection.execute("SELECT extend_audit_partitions_1(3)")
+                await self.count_ending()
                 self._schema_ready.set()
                 await asyncio.sleep(_UPKEEP)
             except StartRefused as error:
@@ -417,6 +505,18 @@ class Authority:
                 await asyncio.sleep(_RETRY)
             except StoreUnavailable:
                 await asyncio.sleep(_RETRY)
+
+    async def count_ending(self) -> None:
+        """Count the credentials that end soon, for whoever watches the metrics."""
+        days = metrics.CREDENTIALS_ENDING_DAYS
+        try:
+            counts = await self.uses.count_ending([timedelta(days=each) for each in days])
+        except StoreUnavailable as error:
+            # Nothing waits for these figures.
+            log.warning("ending_credentials_not_counted", error=str(error))
+            return
+        for each, count in zip(days, counts, strict=True):
+            metrics.credentials_ending.labels(f"{each}d").set(count)
 
     async def _compare(self, connection: Connection) -> None:
         try:
@@ -478,6 +578,10 @@ def _provide(part: object) -> Provide:
         return part
 
     return Provide(built)
+
+
+def _export_stream(pages: AsyncGenerator[Sequence[Proven], None], name: str) -> ASGIApp:
+    return ExportStream(pages, Format(name))
 
 
 def _end_with_parent() -> None:

@@ -56,6 +56,9 @@ reported_events = Counter(
     "signature_wanted.",
     ["status"],
 )
+for _status in ("recorded", "known", "refused", "signature_wanted"):
+    # A series that begins with its first event shows no increase for it.
+    reported_events.labels(_status)
 forged_tokens = Counter(
     "privyseal_forged_tokens",
     "Reported tokens that a key of ours signed and that were never issued: that key leaked.",
@@ -105,6 +108,13 @@ audit_log_broken = Gauge(
     "privyseal_audit_log_broken",
     "1 while the audit log does not go on from its newest checkpoint: nothing is issued.",
     multiprocess_mode="livemax",
+)
+CREDENTIALS_ENDING_DAYS = (30, 7, 1)
+credentials_ending = Gauge(
+    "privyseal_credentials_ending",
+    "Live credentials that end within this time and that nothing has replaced, at the last look.",
+    ["within"],
+    multiprocess_mode="livemostrecent",
 )
 signatures = Counter("privyseal_signatures", "Tokens signed, by key.", ["kid"])
 

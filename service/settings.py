@@ -36,6 +36,17 @@ _ISSUER = re.compile(
 # RFC 8707 §2: an absolute URI without fragment.
 _AUDIENCE = re.compile(r"[a-z][a-z0-9+.-]{0,31}:[A-Za-z0-9._~:/?@!$&'()*+,;=%-]{1,200}")
 _WEB_ADDRESS = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~/%-]*)?")
+# OpenID Connect Discovery §3: https, no query, no fragment; a path is common.
+_OIDC_ISSUER = re.compile(
+    r"(?P<scheme>https?)://(?P<host>[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[1-9][0-9]{0,4})?"
+    r"(?:/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*)?"
+)
+_PROVIDER_FORMS = {
+    # RFC 6749 appendix A.1
+    "OIDC_CLIENT_ID": (re.compile(r"[ -~]{1,255}"), "255 printable ASCII characters"),
+    "OIDC_SCOPES_CLAIM": (re.compile(r"[!-~]{1,255}"), "255 ASCII characters without spaces"),
+    "OIDC_NAME": (re.compile(r"[^\x00-\x1f\x7f]{1,40}"), "40 characters on one line"),
+}
 _INTEGER = re.compile(r"[0-9]{1,9}")
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -90,6 +101,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str = "info"
     pg_bin: Path | None = None
     """Directory of other PostgreSQL binaries for the embedded server."""
+    oidc_issuer: str | None = None
+    """The human portal through which people sign in to the console; `None`: with credentials only.
+    It has to know the address `provider_callback`."""
+    oidc_client_id: str | None = None
+    oidc_client_secret: Secret | None = None
+    """`None`: a public client, which PKCE alone protects."""
+    oidc_scopes_claim: str = "privyseal_scopes"
+    """The claim of the ID token whose values are the admin scopes of who signs in."""
+    oidc_name: str | None = None
+    """What people call the portal; `None`: its host. Read `provider_name`."""
 
     def __post_init__(self) -> None:
         if problems := _problems(self):
@@ -139,9 +160,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.issuer.partition('://')[2]}/audit/1"
 
     @property
-    def upload_url(self) -> str:
-        """Where the console's Upload page sends a document to."""
-        return self.ingest_url or f"{self.audience.rstrip('/')}/api/v1/ingest"
+    def upload_url(self) -> str | None:
+        """Where the console's Upload page sends a document to; None if nothing says where."""
+        url = self.ingest_url or f"{self.audience.rstrip('/')}/api/v1/ingest"
+        return url if _WEB_ADDRESS.fullmatch(url) else None
 
     @property
     def api_audience(self) -> str:
@@ -152,6 +174,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def console_audience(self) -> str:
         """The `aud` of a session of the console, which no exchange gives."""
         return f"{self.issuer}/console"
+
+    @property
+    def provider_name(self) -> str | None:
+        """What the sign-in page calls the human portal; `None` if there is none."""
+        return self.oidc_issuer and (self.oidc_name or urlsplit(self.oidc_issuer).hostname)
+
+    @property
+    def provider_callback(self) -> str:
+        """Where the human portal sends people back to (OpenID Connect: the `redirect_uri`)."""
+        return f"{self.console_audience}/sign-in/callback"
 
 
 def warnings(settings: Settings) -> list[str]:
@@ -213,6 +245,11 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "DRAIN_SECONDS": _integer,
     "LOG_LEVEL": str.lower,
     "PG_BIN": _path,
+    "OIDC_ISSUER": str,
+    "OIDC_CLIENT_ID": str,
+    "OIDC_CLIENT_SECRET": Secret,
+    "OIDC_SCOPES_CLAIM": str,
+    "OIDC_NAME": str,
 }
 
 
@@ -222,6 +259,7 @@ def _problems(settings: Settings) -> list[str]:
         *_database_problems(settings),
         *_range_problems(settings),
         *_key_problems(settings),
+        *_provider_problems(settings),
         *_other_problems(settings),
     ]
 
@@ -309,6 +347,35 @@ def _key_problems(settings: Settings) -> list[str]:
         problems.append("PRIVYSEAL_KEY_CUSTODY names two of one kind: one token at a time.")
     if settings.rotation_gate not in _ROTATION_GATES:
         problems.append(f"PRIVYSEAL_ROTATION_GATE must be {' or '.join(_ROTATION_GATES)}.")
+    return problems
+
+
+def _provider_problems(settings: Settings) -> list[str]:
+    given = [
+        f"{PREFIX}{name}"
+        for name in ("OIDC_ISSUER", "OIDC_CLIENT_ID", "OIDC_CLIENT_SECRET", "OIDC_NAME")
+        if getattr(settings, name.lower()) is not None
+    ]
+    if not given:
+        return []
+    if settings.oidc_issuer is None or settings.oidc_client_id is None:
+        return [
+            f"{given[0]} is set, and a sign-in through a portal takes both PRIVYSEAL_OIDC_ISSUER "
+            "and PRIVYSEAL_OIDC_CLIENT_ID. Set both, or none of these."
+        ]
+    problems: list[str] = []
+    match = _OIDC_ISSUER.fullmatch(settings.oidc_issuer)
+    if not match or (match["scheme"] == "http" and not _is_loopback(match["host"])):
+        problems.append(
+            "PRIVYSEAL_OIDC_ISSUER must be the issuer of an OpenID Connect provider exactly as its "
+            "discovery document has it, such as https://login.example/realms/staff: https unless "
+            "loopback, no user name, query or fragment."
+        )
+    problems += [
+        f"{PREFIX}{name} must be one to {words}."
+        for name, (form, words) in _PROVIDER_FORMS.items()
+        if not form.fullmatch(getattr(settings, name.lower()) or "-")
+    ]
     return problems
 
 

@@ -4,7 +4,7 @@ Every act is decided on versions and committed together with its record, under t
 returns, no process issues anything that it forbids.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Protocol
@@ -15,7 +15,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from keys.secret import Secret
 from service.authority.audit import Action, AuditRecord, Outcome, new_record_id, personal
-from service.authority.client_auth import new_secret, secret_sha256
+from service.authority.client_auth import new_code, new_secret, secret_sha256
 from service.authority.errors import (
     Conflict,
     Invalid,
@@ -25,6 +25,7 @@ from service.authority.errors import (
 )
 from service.authority.model import (
     MAX_LIVE_CREDENTIALS,
+    PEOPLE,
     AdminScope,
     Audiences,
     ClientAddress,
@@ -48,6 +49,7 @@ from service.authority.operators import Operator, Operators
 
 DEFAULT_CREDENTIAL_LIFETIME: Final = timedelta(days=365)
 MAX_CREDENTIAL_LIFETIME: Final = timedelta(days=5 * 366)
+CODE_LIFETIME: Final = timedelta(hours=24)
 
 
 log = structlog.stdlib.get_logger()
@@ -85,6 +87,10 @@ class ServiceUserStore(Protocol):
 
     async def create_credential(self, credential: Credential, record: AuditRecord) -> bool: ...
 
+    async def hand_over(
+        self, credential: Credential, code_sha256: bytes, record: AuditRecord
+    ) -> bool: ...
+
     async def revoke_credential(self, credential_id: str, record: AuditRecord) -> bool: ...
 
 
@@ -121,6 +127,24 @@ class NewCredential(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     expires_at: Instant | None = None
 
 
+class HandOver(Struct, frozen=True, kw_only=True):
+    """A credential that nobody can use yet, and the link that opens it, which is shown this once.
+
+    The code is in the fragment of the link: a browser sends that to no server.
+    """
+
+    credential: Credential
+    link: Secret
+
+
+class Defaults(Struct, frozen=True, kw_only=True):
+    """What a new service user has unless told otherwise, and what an operator's tokens are for."""
+
+    audience: str
+    token_lifetime: int
+    api_audience: str
+
+
 class Administration:
     """What operators do. Each method raises an AdminRefusal, or the errors of a store away."""
 
@@ -142,6 +166,15 @@ class Administration:
         self._console_audience = console_audience
         self._audience = audience
         self._token_lifetime = token_lifetime
+
+    @property
+    def defaults(self) -> Defaults:
+        """Return what a new service user has unless it is told otherwise."""
+        return Defaults(
+            audience=self._audience,
+            token_lifetime=self._token_lifetime,
+            api_audience=self._api_audience,
+        )
 
     async def read(self, operator: Operator, service_user_id: str) -> ServiceUser:
         """Return one service user."""
@@ -197,8 +230,9 @@ class Administration:
             operator.require(AdminScope.SERVICE_USERS_WRITE)
             operator.require_all(created.admin_scopes)
             self._require_fit_audiences(created)
+            _require_no_person(created)
             record = self._record(
-                Action.SERVICE_USER_CREATE, operator, created, 0, origin, _rights(created)
+                Action.SERVICE_USER_CREATE, operator, created, 0, origin, rights(created)
             )
             return created if await self._store.create(created, record) else None
 
@@ -231,9 +265,15 @@ class Administration:
                     f"{before.name} is at version {before.version} and not {if_match}: somebody "
                     "changed it. Read it again."
                 )
+            if before.is_person:
+                raise Conflict(
+                    f"{before.name} is a person, and what a person may do is set in the portal: it "
+                    "counts from the next sign-in. Disable them here to keep them out."
+                )
             after = msgspec.structs.replace(before, **fields)
             operator.require_all(before.admin_scopes | after.admin_scopes)
             self._require_fit_audiences(after)
+            _require_no_person(after)
             if after.admin_scopes - before.admin_scopes and any(
                 not held.has_ended(self._clock()) for held in subject.credentials
             ):
@@ -283,8 +323,40 @@ class Administration:
     ) -> tuple[Credential, Secret]:
         """Create a credential and return its secret, which cannot be had a second time."""
         secret = new_secret()
+        credential = self._credential(service_user_id, new, secret)
+        created = await self._add(
+            Action.CREDENTIAL_CREATE, operator, credential, origin, self._store.create_credential
+        )
+        return created, secret
+
+    async def hand_over(
+        self,
+        operator: Operator,
+        service_user_id: str,
+        new: NewCredential,
+        origin: ClientAddress,
+    ) -> HandOver:
+        """Create a credential whose secret is made when somebody opens the link, within 24 hours.
+
+        It takes the rights to create one: whoever has the link can open it.
+        """
+        code = new_code()
+        # Nobody ever sees this secret: the one that counts takes its place.
+        credential = self._credential(service_user_id, new, new_secret())
+        credential = msgspec.structs.replace(
+            credential, code_ends_at=credential.created_at + CODE_LIFETIME
+        )
+
+        async def put(credential: Credential, record: AuditRecord) -> bool:
+            return await self._store.hand_over(credential, secret_sha256(code), record)
+
+        offered = await self._add(Action.CREDENTIAL_HAND_OVER, operator, credential, origin, put)
+        link = f"{self._console_audience}/hand-over#{code.reveal()}"
+        return HandOver(credential=offered, link=Secret(link))
+
+    def _credential(self, service_user_id: str, new: NewCredential, secret: Secret) -> Credential:
         now = self._now()
-        credential = Credential(
+        return Credential(
             id=new_id("cr"),
             service_user_id=service_user_id,
             label=new.label,
@@ -293,29 +365,35 @@ class Administration:
             expires_at=_expiry(new.expires_at, now),
         )
 
+    async def _add(
+        self,
+        action: Action,
+        operator: Operator,
+        credential: Credential,
+        origin: ClientAddress,
+        put: Callable[[Credential, AuditRecord], Awaitable[bool]],
+    ) -> Credential:
+        """Put one more credential on record, if this operator may give that service user one."""
+
         async def act(operator: Operator) -> Credential | None:
             operator.require(AdminScope.SERVICE_USERS_WRITE)
-            subject = await self._store.fresh(service_user_id)
+            subject = await self._store.fresh(credential.service_user_id)
             user = _user(subject)
             operator.require_all(user.admin_scopes)
-            live = sum(not held.has_ended(self._clock()) for held in subject.credentials)
-            if live >= MAX_LIVE_CREDENTIALS:
-                raise Conflict(
-                    f"{user.name} has {live} live credentials, and that is the most. "
-                    "Revoke one first."
-                )
+            require_credentials_fit(user)
+            require_room(subject, self._clock())
             record = self._record(
-                Action.CREDENTIAL_CREATE,
+                action,
                 operator,
                 user,
                 user.version,
                 origin,
-                {"label": new.label, "expires_at": credential.expires_at},
+                {"label": credential.label, "expires_at": credential.expires_at},
                 credential_id=credential.id,
             )
-            return credential if await self._store.create_credential(credential, record) else None
+            return credential if await put(credential, record) else None
 
-        return await self._operators.decided_on_current(operator, act), secret
+        return await self._operators.decided_on_current(operator, act)
 
     async def revoke_credential(
         self,
@@ -386,7 +464,7 @@ class Administration:
         origin: ClientAddress,
     ) -> ServiceUser | None:
         record = self._record(
-            action, operator, before, before.version, origin, _difference(before, after)
+            action, operator, before, before.version, origin, difference(before, after)
         )
         if not await self._store.change(after, record):
             return None
@@ -464,9 +542,32 @@ def first_operator(
         source_system=user.source_system,
         credential_id=credential.id,
         actor="privyseal bootstrap",
-        details=_rights(user),
+        details=rights(user),
     )
     return user, credential, secret, record
+
+
+def require_credentials_fit(user: ServiceUser) -> None:
+    """Raise Conflict for a person: their only way in is the portal, which knows when they leave."""
+    if user.is_person:
+        raise Conflict(f"{user.name} is a person, who signs in through the portal: no credentials.")
+
+
+def require_room(subject: Subject, now: float) -> None:
+    """Raise Conflict if a service user has as many credentials as it may, offered ones included."""
+    live = sum(not held.has_ended(now) for held in subject.credentials)
+    if live >= MAX_LIVE_CREDENTIALS:
+        name = _user(subject).name
+        raise Conflict(
+            f"{name} has {live} live credentials, and that is the most. Revoke one first."
+        )
+
+
+def _require_no_person(user: ServiceUser) -> None:
+    if user.is_person:
+        raise Invalid(
+            f"{PEOPLE} is the source system of people, who come by signing in.", "/source_system"
+        )
 
 
 def _user(subject: Subject) -> ServiceUser:
@@ -494,7 +595,7 @@ def _expiry(expires_at: datetime | None, now: datetime) -> datetime:
     return expires_at.astimezone(UTC)
 
 
-def _rights(user: ServiceUser) -> dict[str, Any]:
+def rights(user: ServiceUser) -> dict[str, Any]:
     """What a record says of a new service user: what it may do, not whom to call."""
     return {
         "scopes": user.scopes,
@@ -503,7 +604,7 @@ def _rights(user: ServiceUser) -> dict[str, Any]:
     }
 
 
-def _difference(before: ServiceUser, after: ServiceUser) -> dict[str, Any]:
+def difference(before: ServiceUser, after: ServiceUser) -> dict[str, Any]:
     """What a record says of a change. Owner and contact may be people: only that they changed."""
     changed: dict[str, Any] = {}
     for name in ("name", "source_system", "scopes", "audiences", "token_lifetime", "status"):

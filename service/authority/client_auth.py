@@ -23,6 +23,11 @@ def new_secret() -> Secret:
     return Secret(f"pvs_{random}{checksum(random)}")
 
 
+def new_code() -> Secret:
+    """Return 256 random bits in base62: what opens a hand-over, once, and nothing else."""
+    return Secret(base62(secrets.randbits(256), 43))
+
+
 def secret_sha256(secret: Secret) -> bytes:
     """Return what is stored of a secret. 256 random bits need no slow hash."""
     return hashlib.sha256(secret.reveal().encode("utf-8", "surrogatepass")).digest()

@@ -90,9 +90,16 @@ class NotFound(AdminRefusal):
 
 
 class Conflict(AdminRefusal):
-    """The act contradicts what is on record: a name that is taken, a limit that is reached."""
+    """The act contradicts what is on record: a name that is taken, a limit that is reached.
+
+    `pointer` is the JSON pointer of the field that does, if it is one.
+    """
 
     reason = "conflict"
+
+    def __init__(self, detail: str, pointer: str = "") -> None:
+        super().__init__(detail)
+        self.pointer = pointer
 
 
 class TooMany(AdminRefusal):

@@ -281,6 +281,11 @@ def narrow(
 def mintable(operator: Operator, subject: Subject) -> ServiceUser:
     """Return the service user for whom this operator may mint; raise NotFound or Forbidden."""
     operator.require(AdminScope.TOKENS_MINT)
+    return integrator(subject)
+
+
+def integrator(subject: Subject) -> ServiceUser:
+    """Return the service user if tokens of it may be minted at all; raise NotFound or Forbidden."""
     user = subject.service_user
     if user is None:
         raise NotFound("There is no such service user.")
@@ -288,6 +293,8 @@ def mintable(operator: Operator, subject: Subject) -> ServiceUser:
         raise Forbidden(
             f"{user.name} holds {min(user.admin_scopes)}: tokens for operators are never minted."
         )
+    if user.is_person:
+        raise Forbidden(f"{user.name} is a person: tokens are for machines.")
     if user.status is not Status.ACTIVE:
         raise Forbidden(f"{user.name} is disabled. Enable it first.")
     return user

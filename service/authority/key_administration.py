@@ -4,15 +4,16 @@ The scheduled life of a key is `key_rotation.py`'s; its states are `keys/keyring
 """
 
 import asyncio
+import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import structlog
 from msgspec import Struct
 
 from keys.envelope import EnvelopeError, KekReader, KeyEncryptionKeys
-from keys.keyring import KeyState, RotationPolicy, SigningKey
+from keys.keyring import KeyState, RotationPolicy, SigningKey, rotation_due
 from keys.log_key import reseal_log_key
 from keys.signer import Custody, CustodyError, KeptKey
 from service.authority.audit import Action, AuditRecord, Outcome, new_record_id, personal
@@ -21,15 +22,22 @@ from service.authority.errors import (
     AdminRefusal,
     Conflict,
     NotFound,
+    PreconditionFailed,
     StoreUnavailable,
     TemporarilyUnavailable,
 )
 from service.authority.evidence import Evidence, VerifierInstance
-from service.authority.key_rotation import LiveKeyRing, SigningKeyStore, TokenHolder
+from service.authority.key_rotation import EndedKey, LiveKeyRing, SigningKeyStore, TokenHolder
 from service.authority.model import AdminScope, ClientAddress, Clock
 from service.authority.operators import Operator, Operators
 
 log = structlog.stdlib.get_logger()
+
+MAX_ENDED: Final = 5
+"""Keys of the past that are shown."""
+MAX_TOKENS_COUNTED: Final = 5000
+"""Live tokens that are counted before a revocation; its answer counts all."""
+_NOT_PUBLISHED: Final = "No key with this kid is published: nothing is left to revoke."
 
 
 class Rotation(Struct, frozen=True, kw_only=True):
@@ -60,6 +68,36 @@ class Revocation(Struct, frozen=True, kw_only=True):
     old_accepted_offline_until: datetime
     holders: list[TokenHolder] | None
     advice: str
+
+
+class Outlook(Struct, frozen=True, kw_only=True):
+    """The ring as a person looks at it; times are seconds since the epoch.
+
+    The next key was published long enough at `next_ripe_at`, and takes over at `next_signs_from`;
+    verifiers that lack it can delay that until `next_signs_by`, which is None if they can for ever.
+    """
+
+    keys: Sequence[SigningKey]
+    ended: Sequence[EndedKey]
+    verifiers: Sequence[VerifierInstance]
+    next_ripe_at: float | None
+    next_signs_from: float | None
+    next_signs_by: float | None
+
+
+class Stakes(Struct, frozen=True, kw_only=True):
+    """What a revocation of `keys` would cost now; times are seconds since the epoch.
+
+    `next_kid` is the key that would sign then, and verifiers may lack it until `next_ripe_at`; both
+    are None if nothing would change. `holders` have to exchange again, and are null if they could
+    not be read; with `more_holders` they are those of the newest tokens.
+    """
+
+    keys: Sequence[SigningKey]
+    next_kid: str | None
+    next_ripe_at: float | None
+    holders: Sequence[TokenHolder] | None
+    more_holders: bool
 
 
 class LogKeyStore(Protocol):
@@ -125,6 +163,56 @@ class KeyAdministration:
         pending = self._keys.ring.pending
         return [] if pending is None else await self._evidence.instances(pending.kid)
 
+    @property
+    def accepted_for(self) -> tuple[float, float]:
+        """Seconds for which verifiers may still accept the tokens of a key that is revoked: those
+        that heed the max-age of the JWKS, and ours while they cannot fetch it."""
+        # A process that missed the notification publishes the old set until it reads the ring.
+        online = self._ring_poll + self._jwks_max_age
+        return online, online + self._max_stale
+
+    async def outlook(self, operator: Operator) -> Outlook:
+        """Return the published keys, those that ended lately, and when the next one signs."""
+        operator.require(AdminScope.SIGNING_KEYS_READ)
+        ring = await self._keys.fresh()
+        due = latest = None
+        if ring.active and ring.pending:
+            due = rotation_due(ring.active, ring.pending, self._policy)
+            waits = ring.active.released_at is None
+            latest = due + (self._policy.gate_window if waits else 0)
+        return Outlook(
+            keys=ring.keys,
+            ended=await self._store.ended(MAX_ENDED),
+            verifiers=await self._evidence.instances(ring.pending.kid) if ring.pending else (),
+            next_ripe_at=self._policy.may_sign_from(ring.pending) if ring.pending else None,
+            next_signs_from=due,
+            next_signs_by=None if latest is None or math.isinf(latest) else latest,
+        )
+
+    async def stakes(self, operator: Operator, kid: str | None) -> Stakes:
+        """Return what it would cost to revoke a key, or all of them."""
+        operator.require(AdminScope.SIGNING_KEYS_REVOKE)
+        ring = await self._keys.fresh()
+        keys = [key for key in ring.keys if kid in (None, key.kid)]
+        if not keys:
+            raise NotFound(_NOT_PUBLISHED)
+        following = None
+        if kid is not None and keys[0].state is KeyState.ACTIVE:
+            following = ring.pending
+        holders = None
+        try:
+            kids = [key.kid for key in keys]
+            holders = await self._store.holders(kids, MAX_TOKENS_COUNTED)
+        except StoreUnavailable as error:
+            log.warning("stakes_without_holders", error=str(error))
+        return Stakes(
+            keys=keys,
+            next_kid=following.kid if following else None,
+            next_ripe_at=self._policy.may_sign_from(following) if following else None,
+            holders=holders,
+            more_holders=sum(holder.count for holder in holders or ()) >= MAX_TOKENS_COUNTED,
+        )
+
     async def rotate(self, operator: Operator, reason: str, origin: ClientAddress) -> Rotation:
         """Let the next key sign as soon as it was published long enough, schedule or not."""
 
@@ -159,7 +247,7 @@ class KeyAdministration:
             ring = await self._keys.fresh()
             key = next((key for key in ring.keys if key.kid == kid), None)
             if key is None:
-                raise NotFound("No key with this kid is published: nothing is left to revoke.")
+                raise NotFound(_NOT_PUBLISHED)
             details = {"state": key.state.value}
             record = self._record(Action.SIGNING_KEY_REVOKE, operator, kid, reason, origin, details)
             return key if await self._store.revoke(key, self._policy, record) else None
@@ -173,10 +261,19 @@ class KeyAdministration:
         return await self._revocation([kid], advice)
 
     async def revoke_all(
-        self, operator: Operator, reason: str, origin: ClientAddress
+        self,
+        operator: Operator,
+        reason: str,
+        origin: ClientAddress,
+        *,
+        if_signing: str | None = None,
     ) -> Revocation:
         """Revoke every published key and put two new ones in: for a leaked key-encryption key,
-        database or host. The new ones are sealed under the first key of KEK_FILE."""
+        database or host. The new ones are sealed under the first key of KEK_FILE.
+
+        With `if_signing`, only while that key signs, or none if it is empty: what was decided on a
+        page is done once.
+        """
         operator.require(AdminScope.SIGNING_KEYS_REVOKE)
         try:
             signing, following = await asyncio.gather(
@@ -187,7 +284,13 @@ class KeyAdministration:
 
         async def act(operator: Operator) -> list[str] | None:
             operator.require(AdminScope.SIGNING_KEYS_REVOKE)
-            kids = [key.kid for key in (await self._keys.fresh()).keys]
+            ring = await self._keys.fresh()
+            if if_signing not in (None, ring.active.kid if ring.active else ""):
+                raise PreconditionFailed(
+                    "Another key signs since you looked: see what is published now, and decide "
+                    "again."
+                )
+            kids = [key.kid for key in ring.keys]
             record = self._record(
                 Action.SIGNING_KEY_REVOKE_ALL,
                 operator,
@@ -239,13 +342,13 @@ class KeyAdministration:
         except StoreUnavailable as error:
             log.warning("revocation_without_details", error=str(error))
         active = self._keys.ring.active
-        # A process that missed the notification publishes the old set until it reads the ring.
-        fetched = self._clock() + self._ring_poll + self._jwks_max_age
+        now = self._clock()
+        online, offline = self.accepted_for
         return Revocation(
             revoked_kids=kids,
             signing_kid=active.kid if active else None,
-            old_accepted_until=_datetime(fetched),
-            old_accepted_offline_until=_datetime(fetched + self._max_stale),
+            old_accepted_until=_datetime(now + online),
+            old_accepted_offline_until=_datetime(now + offline),
             holders=holders,
             advice=advice,
         )

@@ -19,6 +19,7 @@ from keys.keyring import (
     Activate,
     Concern,
     KeyRing,
+    KeyState,
     Prepare,
     Retire,
     RotationPolicy,
@@ -57,6 +58,17 @@ class TokenHolder(Struct, frozen=True, kw_only=True):
     service_user: str
     count: int
     last_ends_at: datetime
+
+
+class EndedKey(Struct, frozen=True, kw_only=True):
+    """A key that is published no more; times are seconds since the epoch."""
+
+    kid: str
+    state: KeyState
+    bits: int
+    published_at: float
+    activated_at: float | None
+    ended_at: float
 
 
 class SigningKeyStore(Protocol):
@@ -101,7 +113,13 @@ class SigningKeyStore(Protocol):
 
     async def destroyed(self, kid: str, record: AuditRecord) -> bool: ...
 
-    async def holders(self, kids: Sequence[str]) -> Sequence[TokenHolder]: ...
+    async def holders(self, kids: Sequence[str], limit: int | None = None) -> Sequence[TokenHolder]:
+        """Return who holds live tokens of these keys; with a limit, of so many newest tokens."""
+        ...
+
+    async def ended(self, limit: int) -> Sequence[EndedKey]:
+        """Return the keys that were retired or revoked within 90 days, the last one first."""
+        ...
 
 
 class LiveKeyRing:
@@ -236,6 +254,10 @@ class KeyRotator:
     def concerns(self) -> tuple[Concern, ...]:
         """Return what a person has to look at, as this process sees it now."""
         return concerns(self._keys.ring, self._policy, self._clock(), self.awaited)
+
+    def standing_concerns(self) -> tuple[Concern, ...]:
+        """Return those that stood at the last look, too: what is just being mended needs nobody."""
+        return tuple(each for each in self.concerns() if each in self._found)
 
     def figures(self) -> metrics.RingFigures:
         """Return what `/metrics` shows of the ring, as this process sees it now."""

@@ -35,6 +35,15 @@ Label = Annotated[
     str, Meta(min_length=1, max_length=100, examples=["2026 autumn"], extra_json_schema=PRINTABLE)
 ]
 Text = Annotated[str, Meta(max_length=1000, extra_json_schema=PRINTABLE)]
+ReasonText = Annotated[
+    str,
+    Meta(
+        min_length=3,
+        max_length=200,
+        examples=["key seen in a backup"],
+        extra_json_schema=PRINTABLE,
+    ),
+]
 Scope = Annotated[str, Meta(pattern=f"^{SCOPE}$", examples=["ingest:write"])]
 # RFC 8707 §2: an absolute URI without fragment.
 Audience = Annotated[
@@ -51,6 +60,8 @@ Instant = Annotated[datetime, Meta(extra_json_schema={"format": "date-time"})]
 TokenLifetime = Annotated[int, Meta(ge=60, le=3600, examples=[900])]
 
 CLIENT_ID: Final = re.compile("su_[a-z2-7]{24}")
+PEOPLE: Final = "console"
+"""The source system of people who sign in through the human portal, and of nobody else."""
 MAX_LIVE_CREDENTIALS: Final = 10
 
 
@@ -99,6 +110,11 @@ class ServiceUser(Struct, frozen=True, kw_only=True):
         return self.status is Status.ACTIVE
 
     @property
+    def is_person(self) -> bool:
+        """Whether it signs in through the human portal, and so never has a credential."""
+        return self.source_system == PEOPLE
+
+    @property
     def admin_scopes(self) -> frozenset[str]:
         """The scopes that open something in the admin API."""
         return ADMIN_SCOPES.intersection(self.scopes)
@@ -121,21 +137,40 @@ class Credential(Struct, frozen=True, kw_only=True):
     revoked_at: datetime | None = None
     held_at: datetime | None = None
     """Since when, after a restore, it waits for an operator to confirm it."""
+    code_ends_at: datetime | None = None
+    """Of one that is handed over: until when it may be opened. Its secret is made only then."""
+    opened_at: datetime | None = None
+    succeeds: str | None = None
+    """The credential that its holder made it to replace."""
     last_used_at: datetime | None = None
+
+    @property
+    def is_unopened(self) -> bool:
+        """Whether it is handed over and nobody has its secret yet."""
+        return self.code_ends_at is not None and self.opened_at is None
 
     def is_live(self, now: float) -> bool:
         """Whether it may be exchanged at `now` (seconds since the epoch)."""
-        return self.held_at is None and not self.has_ended(now)
+        return self.held_at is None and not self.is_unopened and not self.has_ended(now)
 
     def has_ended(self, now: float) -> bool:
         """Whether it never can be exchanged again, whatever an operator does."""
-        return self.revoked_at is not None or now >= self.expires_at.timestamp()
+        expired = now >= self.expires_at.timestamp()
+        return self.revoked_at is not None or expired or self._lapsed(now)
 
     def state(self, now: float) -> str:
-        """Return live, held, expired or revoked, as of `now`."""
+        """Return live, offered, held, lapsed, expired or revoked, as of `now`."""
         if self.has_ended(now):
-            return "revoked" if self.revoked_at else "expired"
-        return "held" if self.held_at else "live"
+            if self.revoked_at:
+                return "revoked"
+            return "lapsed" if self._lapsed(now) else "expired"
+        if self.held_at:
+            return "held"
+        return "offered" if self.is_unopened else "live"
+
+    def _lapsed(self, now: float) -> bool:
+        ends_at = self.code_ends_at if self.opened_at is None else None
+        return ends_at is not None and now >= ends_at.timestamp()
 
 
 class Subject(Struct, frozen=True, kw_only=True):

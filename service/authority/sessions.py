@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from keys.keyring import SigningKey
 from service.authority.client_auth import authenticate
-from service.authority.errors import OAuthError, Unauthenticated
+from service.authority.errors import OAuthError, OAuthErrorCode, Unauthenticated
 from service.authority.issuer import (
     Decision,
     SignIn,
@@ -60,6 +60,11 @@ class Session(Struct, frozen=True, kw_only=True):
         """Whether it may administer anything; an integrator sees only itself."""
         return bool(self.operator.scopes)
 
+    @property
+    def has_nothing(self) -> bool:
+        """Whether it is a person whom the portal grants nothing: one who has nothing to see."""
+        return self.service_user.is_person and not self.is_operator
+
 
 class Sessions:
     """Signs in, recognizes and renews. Each raises TemporarilyUnavailable or StoreUnavailable
@@ -104,14 +109,24 @@ class Sessions:
     async def sign_in_without_credential(
         self, service_user_id: str, origin: ClientAddress
     ) -> AccessToken:
-        """Return the token of a new session for somebody who proved elsewhere who they are."""
+        """Return the token of a new session for a person who proved elsewhere who they are.
+
+        Raise OAuthError for who is disabled here, on record.
+        """
 
         async def decide(subject: Subject, key: SigningKey) -> Decision:
-            if subject.service_user is None:
-                raise Unauthenticated("There is no such service user.")
-            if not subject.service_user.is_active:
-                raise Unauthenticated(f"The service user {subject.service_user.name} is disabled.")
-            return self._granted(subject.service_user, None, key, self._new(), origin)
+            person = subject.service_user
+            if person is not None and person.is_person and person.is_active:
+                return self._granted(person, None, key, self._new(), origin)
+            error = OAuthError(
+                OAuthErrorCode.INVALID_CLIENT,
+                f"{person.name if person else service_user_id} is disabled here. Ask an operator.",
+                reason="service_user_disabled",
+            )
+            record = refusal(
+                error, origin, self._clock(), client_id=service_user_id, subject=subject
+            )
+            return Decision(record=record, answer=error)
 
         return await self._token_issuer.issue_from_fresh(service_user_id, decide)
 

@@ -31,6 +31,8 @@ from service.http.errors import Refused
 
 PUBLIC: Final = "public"
 """In the `opt` of a route that needs no session."""
+ANYBODY: Final = "anybody"
+"""In the `opt` of a route for whoever is signed in, even a person to whom nothing was granted."""
 SIGN_IN: Final = "/console/sign-in"
 _OWN_PATH: Final = re.compile(r"/console(/[A-Za-z0-9_][A-Za-z0-9._~-]*)*(\?[A-Za-z0-9._~&=%+:-]*)?")
 
@@ -41,11 +43,12 @@ def gate(
     issuer: str,
     clock: Clock,
     count_forged: Callable[[], Awaitable[int]],
+    portal: str | None,
 ) -> Callable[[AnyRequest], Awaitable[Response[Any] | None]]:
     """Return what lets requests in, renews sessions, and says what every operator must see."""
 
     async def let_in(request: AnyRequest) -> Response[Any] | None:
-        note(request.scope, now=clock())
+        note(request.scope, now=clock(), portal=portal)
         is_form = request.method == HttpMethod.POST
         # A browser sends it with every form, and no other site can choose it (Fetch §3.1).
         if is_form and request.headers.get("origin") != issuer:
@@ -61,6 +64,9 @@ def gate(
         note(request.scope, session=session, operator=session.operator)
         if is_form and not is_csrf_token(session, form.text(CSRF)):
             raise Refused(HTTPStatus.FORBIDDEN, "This form was not made for your session.")
+        if session.has_nothing and ANYBODY not in request.route_handler.opt:
+            note(request.scope, refused="nothing_granted")
+            return page(request, "nothing_granted.html", status=HTTPStatus.FORBIDDEN)
         if session.is_operator:
             note(request.scope, forged=await count_forged())
         if sessions.is_due(session):

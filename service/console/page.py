@@ -15,6 +15,7 @@ from typing import Any, Final
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, pass_context
 from jinja2.runtime import Context
 from litestar import Request, Response
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from markupsafe import Markup
 
 from service.authority.model import AccessToken, AdminScope
@@ -93,6 +94,7 @@ def page(
         csrf=csrf_token(session) if session else "",
         now=noted(request.scope, "now"),
         forged=noted(request.scope, "forged") or 0,
+        portal=noted(request.scope, "portal"),
         path=request.scope["path"],
         request_id=origin_of(request.scope).request_id,
         **context,
@@ -105,9 +107,29 @@ def page(
     )
 
 
+class Download:
+    """An answer that is no page, under the headers of the console where it has none of its own."""
+
+    def __init__(self, request: AnyRequest, answer: ASGIApp) -> None:
+        self._headers = {
+            name.lower().encode(): value.encode() for name, value in _headers(request, None).items()
+        }
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                own = {name for name, _ in message["headers"]}
+                further = [header for header in self._headers.items() if header[0] not in own]
+                message["headers"] = [*message["headers"], *further]
+            await send(message)
+
+        await self._answer(scope, receive, send_with_headers)
+
+
 def redirect(request: AnyRequest, path: str) -> Response[None]:
     """Return the answer to a form that was carried out: the browser reads `path` (RFC 9110
-    §15.4.4), which must be one of the console's own."""
+    §15.4.4), which must be one of the console's own, or the way to the human portal."""
     return Response(
         None, status_code=HTTPStatus.SEE_OTHER, headers=_headers(request, {"Location": path})
     )
@@ -167,6 +189,14 @@ def _span(context: Context, at: datetime | float | None, otherwise: str = "never
     )
 
 
+def _visible(text: str) -> str:
+    """Spell out what would steer a page instead of being seen on it: control and bidi characters,
+    and all that nobody sees."""
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in text
+    )
+
+
 def _address(name: str) -> str:
     return ASSETS[name].address
 
@@ -186,6 +216,8 @@ def _left(context: Context, at: float) -> str:
 
 def _navigation(session: Session) -> list[tuple[str, str]]:
     """Return the pages that this session may open, each with its name."""
+    if session.has_nothing:
+        return [(HOME, "Home")]
     if not session.is_operator:
         return [(HOME, "Home"), *_OWN]
     scopes = session.operator.scopes
@@ -212,6 +244,7 @@ def _templates() -> Environment:
         "left": _left,
         "static": _address,
         "navigation": _navigation,
+        "visible": _visible,
     }
     return templates
 

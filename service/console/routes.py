@@ -9,11 +9,20 @@ from litestar.di import Provide
 from litestar.exceptions import NotFoundException
 from litestar.params import FromPath
 
+from service.console.audit import AuditController
+from service.console.credentials import CredentialController
 from service.console.errors import EXCEPTION_HANDLERS_OF_PAGES
 from service.console.gate import PUBLIC, operator_of
+from service.console.hand_over import HandOverController, OpeningController
 from service.console.home import HomeController
+from service.console.own import OwnController
 from service.console.page import ASSETS, HEADERS
+from service.console.provider_sign_in import ProviderController
+from service.console.service_users import ApiKeyController
 from service.console.sign_in import SignInController
+from service.console.signing_keys import SigningKeysController
+from service.console.token import TokenController
+from service.console.upload import UploadController
 
 MAX_BODY = 65_536
 
@@ -22,7 +31,22 @@ def console(let_in: Any, dependencies: Mapping[str, Provide]) -> Router:
     """Return the routes under `/console`, behind `let_in`."""
     return Router(
         "/console",
-        route_handlers=[static, SignInController, HomeController, nothing_here],
+        route_handlers=[
+            static,
+            SignInController,
+            ProviderController,
+            HomeController,
+            AuditController,
+            TokenController,
+            UploadController,
+            ApiKeyController,
+            CredentialController,
+            HandOverController,
+            OpeningController,
+            OwnController,
+            SigningKeysController,
+            nothing_here,
+        ],
         before_request=let_in,
         exception_handlers={**EXCEPTION_HANDLERS_OF_PAGES},
         request_max_body_size=MAX_BODY,

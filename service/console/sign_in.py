@@ -15,6 +15,7 @@ from service.authority.errors import OAuthError, Unauthenticated
 from service.authority.model import TokenRequest
 from service.authority.sessions import Sessions
 from service.console.gate import (
+    ANYBODY,
     PUBLIC,
     SIGN_IN,
     form_of,
@@ -76,7 +77,28 @@ class SignInController(Controller):
         note(request.scope, session=session, operator=session.operator)
         return page(request, "resume.html", following=following, kept=kept)
 
-    @post("/session", status_code=HTTPStatus.OK)
+    @post("/sign-in/resume", opt={PUBLIC: True}, status_code=HTTPStatus.OK)
+    async def resume(
+        self, request: AnyRequest, sessions: NamedDependency[Sessions]
+    ) -> Response[Any]:
+        """Go on with what waited for a sign-in that was made in another tab."""
+        form = form_of(request)
+        following, kept = own_path(form.text("next")), form.kept()
+        try:
+            session = await sessions.authenticate(request.cookies.get(COOKIE, ""))
+        except Unauthenticated as error:
+            return page(
+                request,
+                "sign_in.html",
+                status=HTTPStatus.UNAUTHORIZED,
+                error=error.detail,
+                following=following,
+                kept=kept,
+            )
+        note(request.scope, session=session, operator=session.operator)
+        return page(request, "resume.html", following=following, kept=kept)
+
+    @post("/session", opt={ANYBODY: True}, status_code=HTTPStatus.OK)
     async def stay(self, request: AnyRequest, sessions: NamedDependency[Sessions]) -> Response[Any]:
         """Renew the session of a page that stays open; the answer is its new end."""
         if not sessions.is_due(session_of(request)):
@@ -84,7 +106,7 @@ class SignInController(Controller):
         await renew(request, sessions)
         return page(request, "session.txt")
 
-    @post("/sign-out", status_code=HTTPStatus.OK)
+    @post("/sign-out", opt={ANYBODY: True}, status_code=HTTPStatus.OK)
     async def sign_out(self, request: AnyRequest) -> Response[Any]:
         """Forget the session in this browser."""
         set_session(request, None)

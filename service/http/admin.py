@@ -84,9 +84,11 @@ class ServiceUserPage(Struct, frozen=True, kw_only=True):
 
 
 class CredentialBody(Struct, frozen=True, kw_only=True):
-    """A credential without its secret. `state` is live, held, expired or revoked.
+    """A credential without its secret. `state` is live, offered, held, lapsed, expired or revoked.
 
-    A held one gets no token until an operator confirms it: the database was restored.
+    A held one gets no token until an operator confirms it: the database was restored. An offered
+    one is handed over: nobody has its secret until its link is opened, before `code_ends_at`; it
+    lapsed if nobody did. `succeeds` is the one that its holder made it to replace.
     """
 
     id: str
@@ -97,6 +99,9 @@ class CredentialBody(Struct, frozen=True, kw_only=True):
     expires_at: datetime
     revoked_at: datetime | None
     held_at: datetime | None
+    code_ends_at: datetime | None
+    opened_at: datetime | None
+    succeeds: str | None
     last_used_at: datetime | None
 
 
@@ -105,6 +110,12 @@ class CreatedCredential(CredentialBody, frozen=True, kw_only=True):
 
     client_id: str
     client_secret: str
+
+
+class OfferedCredential(CredentialBody, frozen=True, kw_only=True):
+    """A credential that is handed over, with its link, which is shown this once."""
+
+    link: str
 
 
 class RevokedCredential(CredentialBody, frozen=True, kw_only=True):
@@ -258,7 +269,9 @@ class ServiceUserController(Controller):
         """List the credentials of a service user, those that ended included."""
         held = await administration.credentials(operator, service_user_id)
         now = clock()
-        return CredentialList(credentials=[_credential(each, CredentialBody, now) for each in held])
+        return CredentialList(
+            credentials=[credential_body(each, CredentialBody, now) for each in held]
+        )
 
     @post("/{service_user_id:str}/credentials", opt={"action": Action.CREDENTIAL_CREATE})
     async def create_credential(
@@ -274,12 +287,35 @@ class ServiceUserController(Controller):
         credential, secret = await administration.create_credential(
             operator, service_user_id, data, origin_of(request.scope)
         )
-        body = _credential(
+        body = credential_body(
             credential,
             CreatedCredential,
             clock(),
             client_id=service_user_id,
             client_secret=secret.reveal(),
+        )
+        return Response(body, status_code=HTTPStatus.CREATED, headers=NO_STORE)
+
+    @post("/{service_user_id:str}/hand-overs", opt={"action": Action.CREDENTIAL_HAND_OVER})
+    async def hand_over(
+        self,
+        service_user_id: ServiceUserIdInPath,
+        data: JSONBody[NewCredential],
+        request: AnyRequest,
+        operator: NamedDependency[Operator],
+        administration: NamedDependency[Administration],
+        clock: NamedDependency[Clock],
+    ) -> Response[OfferedCredential]:
+        """Create a credential whose secret only the one who opens the link ever sees.
+
+        The link works once, within 24 hours. Whoever opens it in a browser and presses the button
+        gets the secret, which is made then.
+        """
+        offered = await administration.hand_over(
+            operator, service_user_id, data, origin_of(request.scope)
+        )
+        body = credential_body(
+            offered.credential, OfferedCredential, clock(), link=offered.link.reveal()
         )
         return Response(body, status_code=HTTPStatus.CREATED, headers=NO_STORE)
 
@@ -301,7 +337,7 @@ class ServiceUserController(Controller):
         credential, live_tokens = await administration.revoke_credential(
             operator, service_user_id, credential_id, origin_of(request.scope)
         )
-        return _credential(credential, RevokedCredential, clock(), live_tokens=live_tokens)
+        return credential_body(credential, RevokedCredential, clock(), live_tokens=live_tokens)
 
     @post(
         "/{service_user_id:str}/credentials/{credential_id:str}/confirm",
@@ -322,7 +358,7 @@ class ServiceUserController(Controller):
         credential = await confirmations.confirm(
             operator, service_user_id, credential_id, data.reason, origin_of(request.scope)
         )
-        return _credential(credential, CredentialBody, clock())
+        return credential_body(credential, CredentialBody, clock())
 
     @post("/{service_user_id:str}/tokens", opt={"action": Action.TOKEN_MINT})
     async def mint(
@@ -515,7 +551,8 @@ def _changed(user: ServiceUser, live_tokens: LiveTokens | None) -> ChangedServic
     return ChangedServiceUser(**msgspec.structs.asdict(user), live_tokens=live_tokens)
 
 
-def _credential(credential: Credential, kind: type[Any], now: float, **members: Any) -> Any:
+def credential_body(credential: Credential, kind: type[Any], now: float, **members: Any) -> Any:
+    """Return a credential as answers show it: with its state, without its secret's digest."""
     fields = msgspec.structs.asdict(credential)
     del fields["secret_sha256"]
     return kind(state=credential.state(now), **fields, **members)

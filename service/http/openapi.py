@@ -14,6 +14,7 @@ from litestar.openapi.spec import (
     License,
     OAuthFlow,
     OAuthFlows,
+    OpenAPI,
     OpenAPIHeader,
     OpenAPIMediaType,
     OpenAPIResponse,
@@ -30,12 +31,22 @@ from litestar.openapi.spec import (
 from litestar.openapi.spec.enums import OpenAPIType
 from litestar.routes import HTTPRoute
 
+from service.authority.audit.forged import DAYS
 from service.authority.model import AdminScope
 from service.http import audit_tree, token, well_known
 
 VERSION: Final = "0.1.0"
 
 _STRING: Final = Schema(type=OpenAPIType.STRING)
+_ALERT: Final = "Privyseal-Alert"
+_ALERT_HEADER: Final = OpenAPIHeader(
+    # Neither is written: in a header they would say what its name and place say already.
+    name="",
+    param_in="header",
+    description=f"How many forged tokens were reported in the last {DAYS} days: a signing key is "
+    "in other hands. Absent while there are none, and for callers that may only report.",
+    schema=Schema(type=OpenAPIType.STRING, pattern="^token\\.forged [1-9][0-9]*$"),
+)
 _IF_MATCH: Final = Parameter(
     name="If-Match",
     param_in="header",
@@ -112,7 +123,23 @@ def complete(app: Litestar) -> None:
     assert export is not None
     assert export.responses is not None
     export.responses["200"] = _EXPORT
+    _tell_of_the_alert(schema)
     schema.paths.update(RAW_ROUTES)
+
+
+def _tell_of_the_alert(schema: OpenAPI) -> None:
+    """Add the header that every answer to an operator may have: before the raw routes are there,
+    which have no operator."""
+    schema.components.headers = {_ALERT: _ALERT_HEADER}
+    for path, item in (schema.paths or {}).items():
+        if path.startswith("/api/v1"):
+            for operation in (item.get, item.post, item.patch):
+                for response in ((operation and operation.responses) or {}).values():
+                    if isinstance(response, OpenAPIResponse):
+                        response.headers = {
+                            **(response.headers or {}),
+                            _ALERT: Reference(ref=f"#/components/headers/{_ALERT}"),
+                        }
 
 
 def _object(properties: dict[str, Schema], required: list[str]) -> Schema:

@@ -9,27 +9,18 @@ from typing import Annotated, Any
 from litestar import Controller, Request, get, post
 from litestar.di import NamedDependency
 from litestar.params import JSONBody, PathParameter
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from keys.keyring import KeyState, SigningKey
 from service.authority.audit import Action
 from service.authority.evidence import VerifierInstance
 from service.authority.key_administration import KeyAdministration, Revocation, Rotation
-from service.authority.model import PRINTABLE
+from service.authority.model import ReasonText
 from service.authority.operators import Operator
 from service.http.context import origin_of
 
 AnyRequest = Request[Any, Any, Any]
 KidInPath = Annotated[str, PathParameter(pattern="^[A-Za-z0-9_-]{43}$")]
-ReasonText = Annotated[
-    str,
-    Meta(
-        min_length=3,
-        max_length=200,
-        examples=["key seen in a backup"],
-        extra_json_schema=PRINTABLE,
-    ),
-]
 
 
 class SigningKeyBody(Struct, frozen=True, kw_only=True):

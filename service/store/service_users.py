@@ -4,7 +4,7 @@ Judges nothing: an act that was decided on an old version is refused by the data
 """
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final, cast
 
 import asyncpg
@@ -13,24 +13,30 @@ import msgspec
 from service import metrics
 from service.authority.audit import AuditRecord
 from service.authority.errors import Conflict
+from service.authority.hand_over import RefusedOpening
 from service.authority.leaked import Held
 from service.authority.model import Credential, LiveTokens, ServiceUser, Status, Subject
 from service.store.database import Database, fetch_durable, sqlstate
 
-_COLUMNS = """su.id, su.name, su.source_system, su.owner, su.contact, su.description, su.scopes,
-    su.audiences, su.token_lifetime, su.status, su.version, su.created_at"""
+SERVICE_USER_COLUMNS = """su.id, su.name, su.source_system, su.owner, su.contact, su.description,
+    su.scopes, su.audiences, su.token_lifetime, su.status, su.version, su.created_at"""
+
+_CREDENTIAL_COLUMNS = """c.id AS credential_id, c.label, c.secret_sha256,
+    c.created_at AS credential_created_at, c.expires_at, c.revoked_at, c.held_at, c.code_ends_at,
+    c.opened_at, c.succeeds"""
 
 SELECT_SUBJECT = f"""
-SELECT {_COLUMNS}, c.id AS credential_id, c.label, c.secret_sha256,
-       c.created_at AS credential_created_at, c.expires_at, c.revoked_at, c.held_at
+SELECT {SERVICE_USER_COLUMNS}, {_CREDENTIAL_COLUMNS}
   FROM service_users su LEFT JOIN credentials c ON c.service_user_id = su.id
    -- What ended long ago is a wrong secret like any other: it must not fill the memory.
-   AND coalesce(c.revoked_at, c.expires_at) > statement_timestamp() - interval '90 days'
+   AND least(coalesce(c.revoked_at, c.expires_at),
+             CASE WHEN c.opened_at IS NULL THEN c.code_ends_at END)
+       > statement_timestamp() - interval '90 days'
  WHERE su.id = $1
 """  # noqa: S608
 
 SELECT_PAGE = f"""
-SELECT {_COLUMNS} FROM service_users su
+SELECT {SERVICE_USER_COLUMNS} FROM service_users su
  WHERE su.name > $1
    AND ($3::text IS NULL OR su.name = $3)
    AND ($4::text IS NULL OR su.source_system = $4)
@@ -40,7 +46,7 @@ SELECT {_COLUMNS} FROM service_users su
 
 SELECT_CREDENTIALS = """
 SELECT c.id, c.service_user_id, c.label, c.secret_sha256, c.created_at, c.expires_at, c.revoked_at,
-       c.held_at,
+       c.held_at, c.code_ends_at, c.opened_at, c.succeeds,
        coalesce((SELECT r.recorded_at FROM audit_records r
                   WHERE r.credential_id = c.id AND r.action = 'token.issue'
                     AND r.outcome = 'success'
@@ -51,8 +57,7 @@ SELECT c.id, c.service_user_id, c.label, c.secret_sha256, c.created_at, c.expire
 """
 
 SELECT_HELD = f"""
-SELECT {_COLUMNS}, c.id AS credential_id, c.label, c.secret_sha256,
-       c.created_at AS credential_created_at, c.expires_at, c.revoked_at, c.held_at,
+SELECT {SERVICE_USER_COLUMNS}, {_CREDENTIAL_COLUMNS},
        coalesce((SELECT r.recorded_at FROM audit_records r
                   WHERE r.credential_id = c.id AND r.action = 'token.issue'
                     AND r.outcome = 'success'
@@ -64,13 +69,51 @@ SELECT {_COLUMNS}, c.id AS credential_id, c.label, c.secret_sha256,
 """  # noqa: S608
 
 SELECT_HELD_AFTER_RESTORE = f"""
-SELECT {_COLUMNS}, c.id AS credential_id, c.label, c.secret_sha256,
-       c.created_at AS credential_created_at, c.expires_at, c.revoked_at, c.held_at
+SELECT {SERVICE_USER_COLUMNS}, {_CREDENTIAL_COLUMNS}
   FROM credentials c JOIN service_users su ON su.id = c.service_user_id
  WHERE c.held_at IS NOT NULL AND c.id > $1 AND ($3::text IS NULL OR su.id = $3)
    AND c.revoked_at IS NULL AND c.expires_at > statement_timestamp()
+   -- Nobody can open a link that lapsed, confirmed or not.
+   AND (c.opened_at IS NOT NULL OR coalesce(c.code_ends_at > statement_timestamp(), true))
  ORDER BY c.id LIMIT $2
 """  # noqa: S608
+
+SELECT_HANDED_OVER = f"""
+SELECT {SERVICE_USER_COLUMNS}, {_CREDENTIAL_COLUMNS}
+  FROM credentials c JOIN service_users su ON su.id = c.service_user_id
+ WHERE c.code_sha256 = $1
+"""  # noqa: S608
+
+# The newest of each credential, with how many there were, among so many as a person looks at; and
+# from where it was opened when that was not refused.
+_REFUSED_OPENINGS = """
+WITH newest AS (
+    SELECT r.id, r.credential_id, r.recorded_at, r.reason, r.repeats FROM audit_records r
+     WHERE r.action = 'credential.open' AND r.outcome = 'refused' AND r.credential_id IS NOT NULL
+       AND r.recorded_at > statement_timestamp() - make_interval(days => $1) {of}
+       -- Whoever revoked it has done what there is to do.
+       AND EXISTS (SELECT FROM credentials c WHERE c.id = r.credential_id AND c.revoked_at IS NULL)
+     ORDER BY r.recorded_at DESC LIMIT 10 * $2
+), latest AS (
+    SELECT DISTINCT ON (credential_id) id, credential_id, recorded_at, reason,
+           sum(repeats) OVER (PARTITION BY credential_id)::bigint AS count
+      FROM newest ORDER BY credential_id, recorded_at DESC
+)
+SELECT su.id AS service_user_id, su.name AS service_user, c.id AS credential_id, c.label,
+       r.recorded_at AS at, r.reason, r.count, p.client_address AS address, c.opened_at,
+       (SELECT first.client_address
+          FROM (SELECT o.id FROM audit_records o
+                 WHERE o.credential_id = c.id AND o.action = 'credential.open'
+                   AND o.outcome = 'success'
+                 ORDER BY o.commit_order, o.id LIMIT 1) AS opening
+          JOIN audit_personal first ON first.id = opening.id) AS opened_from
+  FROM latest r JOIN credentials c ON c.id = r.credential_id
+  JOIN service_users su ON su.id = c.service_user_id
+  LEFT JOIN audit_personal p ON p.id = r.id
+ ORDER BY r.recorded_at DESC LIMIT $2
+"""
+SELECT_REFUSED_OPENINGS = _REFUSED_OPENINGS.format(of="")
+SELECT_REFUSED_OPENINGS_OF = _REFUSED_OPENINGS.format(of="AND r.service_user_id = $3")
 
 SELECT_LIVE_TOKENS = """
 SELECT count(*) AS count, to_timestamp(max(exp)) AS last_ends_at FROM audit_records
@@ -81,6 +124,9 @@ SELECT count(*) AS count, to_timestamp(max(exp)) AS last_ends_at FROM audit_reco
 CREATE_SERVICE_USER = "SELECT create_service_user_1($1, $2, $3)"
 CHANGE_SERVICE_USER = "SELECT change_service_user_1($1, $2, $3)"
 CREATE_CREDENTIAL = "SELECT create_credential_1($1, $2, $3)"
+HAND_OVER_CREDENTIAL = "SELECT hand_over_credential_1($1, $2, $3)"
+OPEN_HAND_OVER = "SELECT open_hand_over_1($1, $2, $3, $4)"
+ROTATE_CREDENTIAL = "SELECT rotate_credential_1($1, $2, $3, $4, $5)"
 REVOKE_CREDENTIAL = "SELECT revoke_credential_1($1, $2, $3)"
 CONFIRM_CREDENTIALS = "SELECT confirm_credentials_1($1, $2)"
 BOOTSTRAP = "SELECT bootstrap_1($1, $2, $3, $4, $5)"
@@ -89,8 +135,9 @@ MAX_CACHED: Final = 10_000
 
 
 class ServiceUsers:
-    """Implements `authority.administration.ServiceUserStore`, `authority.leaked.Holders` and
-    `authority.confirmation.HeldCredentials`."""
+    """Implements `authority.administration.ServiceUserStore`, `authority.leaked.Holders`,
+    `authority.confirmation.HeldCredentials`, `authority.hand_over.HandedOver` and
+    `authority.own_credentials.CredentialsOfOne`."""
 
     def __init__(self, database: Database, *, clock_skew: int) -> None:
         self._database = database
@@ -166,6 +213,57 @@ class ServiceUsers:
         """Revoke a credential; raise Conflict for the last one that can administer."""
         return await self._act(REVOKE_CREDENTIAL, credential_id, record)
 
+    async def hand_over(
+        self, credential: Credential, code_sha256: bytes, record: AuditRecord
+    ) -> bool:
+        """Add a credential that only whoever has the code can open."""
+        return await self._act(
+            HAND_OVER_CREDENTIAL, credential_as_json(credential, code_sha256), record
+        )
+
+    async def handed_over(self, code_sha256: bytes) -> Held | None:
+        """Return the credential with this code, in whatever state, and whose it is."""
+        async with self._database.connection() as connection:
+            row = await connection.fetchrow(SELECT_HANDED_OVER, code_sha256)
+        if row is None:
+            return None
+        return Held(service_user=service_user(row), credential=_credential(row))
+
+    async def open_hand_over(
+        self, code_sha256: bytes, secret_sha256: bytes, record: AuditRecord
+    ) -> bool:
+        """Put the secret in, if nobody has yet and the code is good now."""
+        async with self._database.connection() as connection:
+            arguments = (code_sha256, secret_sha256, as_json(record), self._clock_skew)
+            return await fetch_durable(connection, OPEN_HAND_OVER, *arguments) is True
+
+    async def refused_openings(
+        self, days: int, limit: int, service_user_id: str | None
+    ) -> Sequence[RefusedOpening]:
+        """Return the refused openings of credentials that are not revoked, one of each."""
+        async with self._database.connection() as connection:
+            if service_user_id is None:
+                rows = await connection.fetch(SELECT_REFUSED_OPENINGS, days, limit)
+            else:
+                rows = await connection.fetch(
+                    SELECT_REFUSED_OPENINGS_OF, days, limit, service_user_id
+                )
+        return [RefusedOpening(**row) for row in rows]
+
+    async def rotate_credential(
+        self, old_id: str, successor: Credential, overlap: timedelta, record: AuditRecord
+    ) -> bool:
+        """Add the successor of a credential, which ends after `overlap` at the latest."""
+        async with self._database.connection() as connection:
+            arguments = (
+                old_id,
+                credential_as_json(successor),
+                overlap,
+                as_json(record),
+                self._clock_skew,
+            )
+            return await fetch_durable(connection, ROTATE_CREDENTIAL, *arguments) is True
+
     async def confirm(self, records: Sequence[AuditRecord]) -> Sequence[bool]:
         """Confirm the credentials of these records; say of each whether it was."""
         async with self._database.connection() as connection:
@@ -194,7 +292,7 @@ class ServiceUsers:
                     self._clock_skew,
                 )
         except asyncpg.UniqueViolationError:
-            raise Conflict("This name is taken.") from None
+            raise Conflict("This name is taken.", "/name") from None
 
     async def _act(self, call: str, what: str, record: AuditRecord) -> bool:
         """Run one fenced function: one statement, so that its COMMIT is Postgres' business."""
@@ -203,7 +301,7 @@ class ServiceUsers:
                 arguments = (what, as_json(record), self._clock_skew)
                 return await fetch_durable(connection, call, *arguments) is True
         except asyncpg.UniqueViolationError:
-            raise Conflict("This name is taken.") from None
+            raise Conflict("This name is taken.", "/name") from None
         except asyncpg.PostgresError as error:
             if sqlstate(error) != "PV409":
                 raise
@@ -268,12 +366,15 @@ def _credential(row: asyncpg.Record, *, last_used_at: datetime | None = None) ->
         expires_at=row["expires_at"],
         revoked_at=row["revoked_at"],
         held_at=row["held_at"],
+        code_ends_at=row["code_ends_at"],
+        opened_at=row["opened_at"],
+        succeeds=row["succeeds"],
         last_used_at=last_used_at,
     )
 
 
 def service_user(row: asyncpg.Record) -> ServiceUser:
-    """Return the service user of a row that begins with `_COLUMNS`."""
+    """Return the service user of a row that begins with `SERVICE_USER_COLUMNS`."""
     return ServiceUser(
         id=row["id"],
         name=row["name"],
@@ -295,8 +396,10 @@ def as_json(value: object) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def credential_as_json(credential: Credential) -> str:
+def credential_as_json(credential: Credential, code_sha256: bytes | None = None) -> str:
     """Return a credential as Postgres reads it: bytea in hex, and no field that is computed."""
     fields: dict[str, Any] = msgspec.structs.asdict(credential)
     del fields["last_used_at"]
-    return as_json({**fields, "secret_sha256": "\\x" + credential.secret_sha256.hex()})
+    fields["secret_sha256"] = "\\x" + credential.secret_sha256.hex()
+    fields["code_sha256"] = None if code_sha256 is None else "\\x" + code_sha256.hex()
+    return as_json(fields)

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 from keys.keyring import KeyState, RotationPolicy, SigningKey
 from keys.signer import KeptKey
 from service.authority.audit import AuditRecord
-from service.authority.key_rotation import StoredKey, TokenHolder
+from service.authority.key_rotation import EndedKey, StoredKey, TokenHolder
 from service.store.database import Database, fetch_durable
 from service.store.service_users import as_json
 
@@ -53,12 +53,20 @@ SELECT signer FROM signing_keys WHERE signer <> 'local:' AND destroyed_at IS NUL
 SELECT_HOLDERS = """
 SELECT service_user_id, max(service_user) AS service_user, count(*) AS count,
        to_timestamp(max(exp)) AS last_ends_at
-  FROM audit_records
- WHERE kid = ANY ($1::text[]) AND exp > extract(epoch FROM statement_timestamp())::bigint
-   -- No token lives longer than an hour: the newest ids are enough. The clock of the statement,
-   -- because one that moves could serve no index.
-   AND id >= uuidv7_floor_1(statement_timestamp() - interval '75 minutes')
+  FROM (SELECT service_user_id, service_user, exp FROM audit_records
+         WHERE kid = ANY ($1::text[]) AND exp > extract(epoch FROM statement_timestamp())::bigint
+           -- No token lives longer than an hour: the newest ids are enough. The clock of the
+           -- statement, because one that moves could serve no index.
+           AND id >= uuidv7_floor_1(statement_timestamp() - interval '75 minutes')
+         ORDER BY id DESC LIMIT $2::bigint) AS live
  GROUP BY service_user_id ORDER BY service_user
+"""
+
+SELECT_ENDED = """
+SELECT kid, state, public_der, published_at, activated_at, ended_at FROM signing_keys
+ WHERE state IN ('retired', 'revoked')
+   AND ended_at > statement_timestamp() - interval '90 days'
+ ORDER BY ended_at DESC, kid LIMIT $1
 """
 
 
@@ -150,11 +158,27 @@ class SigningKeys:
             self._clock_skew,
         )
 
-    async def holders(self, kids: Sequence[str]) -> Sequence[TokenHolder]:
+    async def holders(self, kids: Sequence[str], limit: int | None = None) -> Sequence[TokenHolder]:
         """Return which service users hold live tokens of these keys."""
         async with self._database.connection() as connection:
-            rows = await connection.fetch(SELECT_HOLDERS, list(kids))
+            rows = await connection.fetch(SELECT_HOLDERS, list(kids), limit)
         return [TokenHolder(**row) for row in rows]
+
+    async def ended(self, limit: int) -> Sequence[EndedKey]:
+        """Return the keys that ended lately, the last one first."""
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(SELECT_ENDED, limit)
+        return [
+            EndedKey(
+                kid=row["kid"],
+                state=KeyState(row["state"]),
+                bits=_public_key(row["public_der"]).key_size,
+                published_at=row["published_at"].timestamp(),
+                activated_at=_seconds(row["activated_at"]),
+                ended_at=row["ended_at"].timestamp(),
+            )
+            for row in rows
+        ]
 
     async def doomed(self) -> Sequence[tuple[str, str]]:
         """Return kid and URI of the keys that may sign no more and are not known to be destroyed
@@ -195,8 +219,7 @@ def key_as_json(key: KeptKey) -> str:
 
 
 def _stored_key(row: asyncpg.Record) -> StoredKey:
-    public_key = load_der_public_key(row["public_der"])
-    assert isinstance(public_key, RSAPublicKey)
+    public_key = _public_key(row["public_der"])
     return StoredKey(
         key=SigningKey(
             kid=row["kid"],
@@ -216,6 +239,12 @@ def _stored_key(row: asyncpg.Record) -> StoredKey:
             sealed_private=row["sealed_private"],
         ),
     )
+
+
+def _public_key(der: bytes) -> RSAPublicKey:
+    public_key = load_der_public_key(der)
+    assert isinstance(public_key, RSAPublicKey)
+    return public_key
 
 
 def _seconds(at: datetime | None) -> float | None:

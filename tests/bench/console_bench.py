@@ -42,7 +42,7 @@ WITH made AS (
         1, now() FROM made
 )
 INSERT INTO credentials (id, service_user_id, label, secret_sha256, created_at, expires_at)
-SELECT translate(id, 'u', 'r'), id, 'bench', sha256(id::bytea), now(),
+SELECT replace(id, 'su_', 'cr_'), id, 'bench', sha256(id::bytea), now(),
        now() + make_interval(days => 1 + n % 365) FROM made
 """
 ONE_OF_THEM: Final = f"su_{'a' * 23}h"

@@ -59,6 +59,11 @@ ADMIN = {
     ("POST", f"{_ONE}/enable"): Door(WRITE, 200, "service_user.enable"),
     ("GET", f"{_ONE}/credentials"): Door(READ, 200, "credential.list"),
     ("POST", f"{_ONE}/credentials"): Door(WRITE, 201, "credential.create", {"label": "x"}),
+    ("POST", f"{_ONE}/hand-overs"): Door(WRITE, 201, "credential.hand_over", {"label": "x"}),
+    ("GET", "/service-users/me/credentials"): Door(None, 200, "credential.list"),
+    ("POST", "/service-users/me/credentials/rotate"): Door(
+        None, 201, "credential.rotate", {"label": "x"}
+    ),
     ("POST", f"{_ONE}/credentials/{{credential_id:str}}/revoke"): Door(
         WRITE, 200, "credential.revoke"
     ),
@@ -167,8 +172,11 @@ async def place(
 
 async def test_a1_every_route_is_listed_here(authority: Authority) -> None:
     assert admin_routes(authority) == ADMIN.keys()
+    # The console's are in `test_console_own.py` and `tests/browser/pages.py`.
     others = {
-        route.path for route in authority.litestar.routes if not route.path.startswith("/api/v1")
+        route.path
+        for route in authority.litestar.routes
+        if not route.path.startswith(("/api/v1", "/console"))
     }
     assert others == PUBLIC
     assert all(isinstance(route, HTTPRoute | ASGIRoute) for route in authority.litestar.routes)

@@ -186,16 +186,16 @@ async def test_what_was_typed_waits_for_a_new_sign_in(
     person: ConsoleClient, operator_credential: Credential
 ) -> None:
     person.cookie = "no.such.session"
-    answer = await person.post("/service-users", {"name": "vkyc <prod>", "client_secret": "pvs_x"})
+    answer = await person.post("/service-users/new", {"name": "vkyc <prod>", "client_secret": "pvs_x"})
     assert answer.status_code == 401
     assert 'name="kept:name" value="vkyc &lt;prod&gt;"' in answer.text
     assert "pvs_x" not in answer.text
     answer = await person.sign_in(
-        operator_credential, **{"next": "/console/service-users", "kept:name": "vkyc <prod>"}
+        operator_credential, **{"next": "/console/service-users/new", "kept:name": "vkyc <prod>"}
     )
     assert answer.status_code == 200
     assert "Nothing was done yet" in answer.text
-    assert 'action="/console/service-users"' in answer.text
+    assert 'action="/console/service-users/new"' in answer.text
     assert 'name="name" value="vkyc &lt;prod&gt;"' in answer.text
 
 

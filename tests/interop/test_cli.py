@@ -232,6 +232,23 @@ def test_the_secret_is_shown_once_and_only_as_the_result(
     assert {each["state"] for each in shell.json("credentials", "list", name)} == {"live"}
 
 
+def test_a_handed_over_credential_is_a_link_and_shows_no_secret(
+    shell: Shell, authority: Authority, name: str
+) -> None:
+    offered = shell.json("credentials", "hand-over", name, "--label", "branch 7")
+    link, code = f"{authority.issuer}/console/hand-over", offered["link"].partition("#")[2]
+    done = shell("credentials", "hand-over", name, "--label", "for people")
+    assert f"{link}#" in done.stdout
+    assert "shown this once" in done.stderr
+    listed = shell("credentials", "list", name).stdout
+    assert code not in listed
+    assert {each["state"] for each in shell.json("credentials", "list", name)} == {"offered"}
+    opened = httpx.post(link, data={"code": code}, headers={"Origin": authority.issuer}, timeout=10)
+    assert opened.status_code == 200
+    held = shell.json("credentials", "list", name)
+    assert next(each for each in held if each["id"] == offered["id"])["state"] == "live"
+
+
 def test_without_a_terminal_nothing_is_ended_unless_yes_is_given(
     shell: Shell, integrator: Shell, name: str
 ) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from keys.keyring import SigningKey
 from keys.secret import Secret
 from service.authority.audit import Action, Outcome
+from service.authority.by_hand import of_itself
 from service.authority.client_auth import new_secret
 from service.authority.errors import Forbidden, NotFound, OAuthError, OAuthErrorCode
 from service.authority.issuer import (
@@ -360,3 +361,23 @@ def test_nobody_mints_for_who_is_disabled_or_unknown(user: ServiceUser, minter: 
         mintable(minter, Subject(service_user=replaced(user, status=Status.DISABLED)))
     with pytest.raises(NotFound):
         mintable(minter, Subject())
+
+
+def test_who_signed_in_with_a_credential_mints_for_itself_alone(
+    user: ServiceUser, minter: Operator, subject: Subject
+) -> None:
+    credential = subject.credentials[0]
+    own = msgspec.structs.replace(
+        minter, service_user=user, credential_id=credential.id, scopes=frozenset()
+    )
+    assert of_itself(own, subject) == (user, credential)
+    another = replaced(user, id="su_" + "x" * 24)
+    for beyond in (Subject(), Subject(service_user=another, credentials=subject.credentials)):
+        with pytest.raises(Forbidden, match="Tokens of others"):
+            of_itself(own, beyond)
+    for changed in ({"status": Status.DISABLED}, {"scopes": ("audit:read",)}):
+        with pytest.raises(Forbidden):
+            of_itself(own, msgspec.structs.replace(subject, service_user=replaced(user, **changed)))
+    for credential_id in (None, "cr_" + "x" * 24):
+        with pytest.raises(Forbidden, match="without a credential"):
+            of_itself(msgspec.structs.replace(own, credential_id=credential_id), subject)

@@ -230,3 +230,74 @@ def test_custody_is_local_or_a_pkcs11_uri_and_the_gate_is_bounded_or_strict() ->
     assert problems_of(ROTATION_GATE="open") == [
         "PRIVYSEAL_ROTATION_GATE must be bounded or strict."
     ]
+
+
+DATABASE = {"PRIVYSEAL_DATABASE_URL": f"{REMOTE}?sslmode=verify-full"}
+PORTAL = {
+    "PRIVYSEAL_OIDC_ISSUER": "https://login.example/realms/staff",
+    "PRIVYSEAL_OIDC_CLIENT_ID": "privyseal",
+}
+
+
+def test_a_portal_takes_issuer_and_client_id_and_the_rest_has_defaults() -> None:
+    settings = Settings.from_environ(HTTPS | DATABASE | PORTAL)
+    assert settings.provider_name == "login.example"
+    assert settings.provider_callback == "https://tokens.example/console/sign-in/callback"
+    assert (settings.oidc_scopes_claim, settings.oidc_client_secret) == ("privyseal_scopes", None)
+    named = {
+        "PRIVYSEAL_OIDC_NAME": "Bank Portal",
+        "PRIVYSEAL_OIDC_SCOPES_CLAIM": "https://bank.example/privyseal",
+        "PRIVYSEAL_OIDC_CLIENT_SECRET": CANARY,
+    }
+    settings = Settings.from_environ(HTTPS | DATABASE | PORTAL | named)
+    assert settings.provider_name == "Bank Portal"
+    assert settings.oidc_scopes_claim == "https://bank.example/privyseal"
+    assert CANARY not in repr(settings) + str(settings)
+    assert Settings().provider_name is None
+
+
+@pytest.mark.parametrize("name", ["ISSUER", "CLIENT_ID", "CLIENT_SECRET", "NAME"])
+def test_half_a_portal_is_refused_by_name(name: str) -> None:
+    (told,) = problems_of(**{f"OIDC_{name}": "https://login.example"})
+    assert told.startswith(f"PRIVYSEAL_OIDC_{name} is set")
+    assert "Set both, or none of these" in told
+
+
+@pytest.mark.parametrize(
+    "issuer",
+    [
+        "http://login.example",
+        "login.example",
+        "https://login.example?tenant=1",
+        "https://login.example#x",
+        "https://user@login.example",
+        "https://login.example/ ",
+        "ftp://127.0.0.1",
+    ],
+)
+def test_an_issuer_that_is_no_openid_connect_issuer_is_refused(issuer: str) -> None:
+    (told,) = problems_of(OIDC_ISSUER=issuer, OIDC_CLIENT_ID="privyseal")
+    assert told.startswith("PRIVYSEAL_OIDC_ISSUER must be")
+
+
+@pytest.mark.parametrize(
+    "issuer", ["http://127.0.0.1:9000", "http://localhost/realms/a", "http://[::1]"]
+)
+def test_a_portal_on_loopback_needs_no_https(issuer: str) -> None:
+    portal = {"PRIVYSEAL_OIDC_ISSUER": issuer, "PRIVYSEAL_OIDC_CLIENT_ID": "privyseal"}
+    assert Settings.from_environ(portal).oidc_issuer == issuer
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("OIDC_CLIENT_ID", "privyseal\u00fc"),
+        ("OIDC_SCOPES_CLAIM", "two words"),
+        ("OIDC_NAME", "two\nlines"),
+        ("OIDC_NAME", "x" * 41),
+    ],
+)
+def test_what_cannot_be_sent_or_shown_of_a_portal_is_refused(name: str, text: str) -> None:
+    portal = {"OIDC_ISSUER": "https://login.example", "OIDC_CLIENT_ID": "privyseal"}
+    (told,) = problems_of(**{**portal, name: text})
+    assert told.startswith(f"PRIVYSEAL_{name} must be one to ")

@@ -67,3 +67,31 @@ if (session) {
     if (/^\d{4}-/.test(end)) session.dateTime = end;
   }, 30000);
 }
+
+// Token and Upload: names to choose from, those that begin with what was typed.
+for (const input of document.querySelectorAll("[data-names]")) {
+  const list = document.getElementById(input.dataset.names);
+  input.addEventListener("input", async () => {
+    const typed = input.value;
+    const answer = await fetch(`/console/token/names?${new URLSearchParams({ beginning: typed })}`, { redirect: "manual" });
+    if (!answer.ok || input.value !== typed) return;
+    const names = (await answer.text()).split("\n").filter(Boolean);
+    list.replaceChildren(...names.map((name) => Object.assign(document.createElement("option"), { value: name })));
+  });
+}
+
+// Hand-over: the code came in the fragment of the address, which no server sees. It leaves the
+// address, so that no history keeps it either.
+const fragmentField = document.querySelector("[data-fragment-field]");
+const takeFragment = () => {
+  if (location.hash.length < 2) return;
+  const input = fragmentField.querySelector("input");
+  input.value = location.hash.slice(1);
+  history.replaceState(null, "", location.pathname);
+  fragmentField.hidden = true;
+  document.querySelector("[data-fragment-taken]").hidden = false;
+};
+if (fragmentField) {
+  takeFragment();
+  addEventListener("hashchange", takeFragment);
+}

@@ -1,0 +1,285 @@
+"""`/console/service-users/…/credentials`: made, confirmed and revoked; a secret is shown once.
+
+Holds no rule: each act is the API's own. What a revocation breaks is asked before it.
+"""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
+from typing import Any, Final
+
+from litestar import Controller, Response, get, post
+from litestar.di import NamedDependency
+
+from service.authority.administration import Administration, NewCredential
+from service.authority.audit import Action
+from service.authority.confirmation import Confirmations
+from service.authority.errors import Conflict, Invalid, NotFound
+from service.authority.model import AdminScope, Clock, ReasonText
+from service.authority.operators import Operator
+from service.authority.usage import CredentialUse, ServiceUserUse, Usage
+from service.console.gate import form_of
+from service.console.page import AnyRequest, page, redirect
+from service.console.samples import Installation
+from service.console.service_user_form import checked, fits, one_line
+from service.console.service_users import (
+    PATH,
+    CredentialIdInPath,
+    ServiceUserIdInPath,
+    beside,
+)
+from service.http.context import note, origin_of
+
+LIFETIMES: Final[Mapping[str, str]] = {
+    "30": "30 days",
+    "90": "90 days",
+    "365": "a year",
+}
+
+
+class CredentialController(Controller):
+    """The credentials of one service user."""
+
+    path = "/service-users/{service_user_id:str}/credentials"
+
+    @get("/new", opt={"action": Action.CREDENTIAL_LIST})
+    async def ask(
+        self,
+        request: AnyRequest,
+        service_user_id: ServiceUserIdInPath,
+        operator: NamedDependency[Operator],
+        administration: NamedDependency[Administration],
+        clock: NamedDependency[Clock],
+    ) -> Response[Any]:
+        """Ask what the new credential is for, and how long it lives."""
+        operator.require(AdminScope.SERVICE_USERS_WRITE)
+        return page(
+            request,
+            "service_users/new_credential.html",
+            user=await administration.read(operator, service_user_id),
+            typed={"label": "", "lifetime": "365", "until": ""},
+            wrong={},
+            problem="",
+            **_choices(clock()),
+        )
+
+    @post("/new", opt={"action": Action.CREDENTIAL_CREATE}, status_code=HTTPStatus.OK)
+    async def create(
+        self,
+        request: AnyRequest,
+        service_user_id: ServiceUserIdInPath,
+        operator: NamedDependency[Operator],
+        administration: NamedDependency[Administration],
+        installation: NamedDependency[Installation],
+        clock: NamedDependency[Clock],
+    ) -> Response[Any]:
+        """Create a credential; this answer is the only one that ever shows its secret."""
+        form = form_of(request)
+        typed = {
+            "label": one_line(form, "label"),
+            "lifetime": form.text("lifetime"),
+            "until": form.text("until"),
+        }
+        user = await administration.read(operator, service_user_id)
+        expires_at = _expiry(typed, clock())
+        asked = checked(NewCredential, {"label": typed["label"]})
+        wrong = dict(asked) if isinstance(asked, dict) else {}
+        if expires_at is None:
+            wrong["expires_at"] = "Expected one of these, or a day as 2027-01-31."
+        problem, status = "", HTTPStatus.UNPROCESSABLE_ENTITY
+        if wrong:
+            note(request.scope, refused=Invalid.reason)
+        else:
+            new = NewCredential(label=typed["label"], expires_at=expires_at)
+            try:
+                credential, secret = await administration.create_credential(
+                    operator, service_user_id, new, origin_of(request.scope)
+                )
+            except (Invalid, Conflict) as error:
+                wrong, problem, status = beside(request, error)
+            else:
+                return page(
+                    request,
+                    "service_users/credential_made.html",
+                    status=HTTPStatus.CREATED,
+                    user=user,
+                    credential=credential,
+                    client_secret=secret.reveal(),
+                    token_url=installation.token_url,
+                )
+        return page(
+            request,
+            "service_users/new_credential.html",
+            status=status,
+            user=user,
+            typed=typed,
+            wrong=wrong,
+            problem=problem,
+            **_choices(clock()),
+        )
+
+    @get("/{credential_id:str}/revoke", opt={"action": Action.CREDENTIAL_LIST})
+    async def ask_revoke(
+        self,
+        request: AnyRequest,
+        service_user_id: ServiceUserIdInPath,
+        credential_id: CredentialIdInPath,
+        operator: NamedDependency[Operator],
+        usage: NamedDependency[Usage],
+    ) -> Response[Any]:
+        """Say what it breaks to revoke a credential, and ask again."""
+        operator.require(AdminScope.SERVICE_USERS_WRITE)
+        of = await usage.of(operator, service_user_id)
+        return _revoking(request, operator, of, _one(of, credential_id))
+
+    @post(
+        "/{credential_id:str}/revoke",
+        opt={"action": Action.CREDENTIAL_REVOKE},
+        status_code=HTTPStatus.OK,
+    )
+    async def revoke(
+        self,
+        request: AnyRequest,
+        service_user_id: ServiceUserIdInPath,
+        credential_id: CredentialIdInPath,
+        operator: NamedDependency[Operator],
+        administration: NamedDependency[Administration],
+        usage: NamedDependency[Usage],
+    ) -> Response[Any]:
+        """Revoke a credential; one that is in use, only for who typed its label."""
+        of = await usage.of(operator, service_user_id)
+        one = _one(of, credential_id)
+        typed = one_line(form_of(request), "label")
+        if one.used_recently and typed != " ".join(one.credential.label.split()):
+            note(request.scope, refused=Invalid.reason)
+            return _revoking(
+                request,
+                operator,
+                of,
+                one,
+                typed=typed,
+                wrong="This is not its label. Nothing was revoked.",
+                status=HTTPStatus.UNPROCESSABLE_ENTITY,
+            )
+        try:
+            await administration.revoke_credential(
+                operator, service_user_id, credential_id, origin_of(request.scope)
+            )
+        except Conflict as error:
+            _, problem, status = beside(request, error)
+            return _revoking(request, operator, of, one, problem=problem, status=status)
+        return redirect(request, f"{PATH}/{service_user_id}?done=revoked")
+
+    @get("/{credential_id:str}/confirm", opt={"action": Action.CREDENTIAL_LIST})
+    async def ask_confirm(
+        self,
+        request: AnyRequest,
+        service_user_id: ServiceUserIdInPath,
+        credential_id: CredentialIdInPath,
+        operator: NamedDependency[Operator],
+        usage: NamedDependency[Usage],
+    ) -> Response[Any]:
+        """Say why a credential is held, and ask whether it is known to be good."""
+        operator.require(AdminScope.SERVICE_USERS_WRITE)
+        of = await usage.of(operator, service_user_id)
+        return _confirming(request, of, _one(of, credential_id))
+
+    @post(
+        "/{credential_id:str}/confirm",
+        opt={"action": Action.CREDENTIAL_CONFIRM},
+        status_code=HTTPStatus.OK,
+    )
+    async def confirm(
+        self,
+        request: AnyRequest,
+        service_user_id: ServiceUserIdInPath,
+        credential_id: CredentialIdInPath,
+        operator: NamedDependency[Operator],
+        usage: NamedDependency[Usage],
+        confirmations: NamedDependency[Confirmations],
+    ) -> Response[Any]:
+        """Confirm a credential that is held after a restore: from now on it gets tokens again."""
+        reason = one_line(form_of(request), "reason")
+        if not fits(reason, ReasonText):
+            note(request.scope, refused=Invalid.reason)
+            of = await usage.of(operator, service_user_id)
+            return _confirming(
+                request,
+                of,
+                _one(of, credential_id),
+                typed=reason,
+                wrong="Expected 3 to 200 characters: they go on record.",
+                status=HTTPStatus.UNPROCESSABLE_ENTITY,
+            )
+        await confirmations.confirm(
+            operator, service_user_id, credential_id, reason, origin_of(request.scope)
+        )
+        return redirect(request, f"{PATH}/{service_user_id}?done=confirmed")
+
+
+def _choices(now: float) -> dict[str, Any]:
+    tomorrow = datetime.fromtimestamp(now, UTC) + timedelta(days=1)
+    return {"lifetimes": LIFETIMES, "first_day": tomorrow.date().isoformat()}
+
+
+def _expiry(typed: Mapping[str, str], now: float) -> datetime | None:
+    """Return when a credential shall end: with a day in UTC, or else so many days from now."""
+    if until := typed["until"]:
+        try:
+            return datetime.fromisoformat(f"{until}T23:59:59+00:00")
+        except ValueError:
+            return None
+    if typed["lifetime"] not in LIFETIMES:
+        return None
+    return datetime.fromtimestamp(int(now), UTC) + timedelta(days=int(typed["lifetime"]))
+
+
+def _one(of: ServiceUserUse, credential_id: str) -> CredentialUse:
+    for each in of.credentials:
+        if each.credential.id == credential_id:
+            return each
+    raise NotFound(f"{of.service_user.name} has no such credential.")
+
+
+def _revoking(
+    request: AnyRequest,
+    operator: Operator,
+    of: ServiceUserUse,
+    one: CredentialUse,
+    *,
+    typed: str = "",
+    wrong: str = "",
+    problem: str = "",
+    status: HTTPStatus = HTTPStatus.OK,
+) -> Response[Any]:
+    return page(
+        request,
+        "service_users/revoke.html",
+        status=status,
+        of=of,
+        one=one,
+        is_own=one.credential.id == operator.credential_id,
+        typed=typed,
+        wrong=wrong,
+        problem=problem,
+    )
+
+
+def _confirming(
+    request: AnyRequest,
+    of: ServiceUserUse,
+    one: CredentialUse,
+    *,
+    typed: str = "",
+    wrong: str = "",
+    status: HTTPStatus = HTTPStatus.OK,
+) -> Response[Any]:
+    return page(
+        request,
+        "service_users/confirm.html",
+        status=status,
+        of=of,
+        one=one,
+        typed=typed,
+        wrong=wrong,
+    )

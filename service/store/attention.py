@@ -1,0 +1,145 @@
+"""What needs a person, as it stands in Postgres: each question looks at a bounded number of rows.
+
+Decides nothing: `authority.attention` does.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+from service.authority.attention import EndingCredential, Lately, LogHead, Refusals
+from service.store.database import Database
+
+# The last use, and what its service user has instead, are looked up for the few that end.
+SELECT_ENDING: Final = """
+WITH ending AS (
+    SELECT c.id, c.service_user_id, su.name, c.label, c.expires_at, c.archived_use_at
+      FROM credentials c JOIN service_users su ON su.id = c.service_user_id
+     WHERE c.revoked_at IS NULL AND c.held_at IS NULL
+       AND (c.code_ends_at IS NULL OR c.opened_at IS NOT NULL)
+       AND c.expires_at > statement_timestamp()
+       AND c.expires_at < statement_timestamp() + make_interval(secs => $1)
+       AND su.status = 'active'
+     ORDER BY c.expires_at LIMIT $2
+)
+SELECT e.service_user_id, e.name AS service_user, e.id AS credential_id, e.label, e.expires_at,
+       coalesce((SELECT r.recorded_at FROM audit_records r
+                  WHERE r.credential_id = e.id AND r.action = 'token.issue'
+                    AND r.outcome = 'success'
+                  ORDER BY r.commit_order DESC, r.id DESC LIMIT 1),
+                e.archived_use_at) AS last_used_at,
+       (SELECT max(coalesce(n.opened_at, n.created_at)) FROM credentials n
+         WHERE n.service_user_id = e.service_user_id
+           AND n.revoked_at IS NULL AND n.held_at IS NULL
+           AND (n.code_ends_at IS NULL OR n.opened_at IS NOT NULL)
+           AND n.expires_at >= statement_timestamp() + make_interval(secs => $1)) AS replaced_at
+  FROM ending e
+ ORDER BY e.expires_at, e.id
+"""
+
+_SUMMARY: Final = """
+SELECT sum(repeats)::bigint AS count, max(recorded_at) AS newest_at,
+       array_agg(DISTINCT ARRAY[service_user_id, service_user])
+           FILTER (WHERE service_user_id IS NOT NULL AND service_user IS NOT NULL) AS service_users
+  FROM newest
+ WHERE recorded_at >= statement_timestamp() - make_interval(days => $1)
+"""
+
+SELECT_UNKNOWN_TOKENS: Final = f"""
+WITH newest AS (
+    SELECT r.repeats, r.recorded_at, r.service_user_id, r.service_user FROM audit_records r
+     WHERE r.action = 'token.unknown' ORDER BY r.commit_order DESC, r.id DESC LIMIT $2
+)
+{_SUMMARY}
+"""  # noqa: S608
+
+SELECT_REFUSED_OPENINGS: Final = f"""
+WITH newest AS (
+    SELECT r.repeats, r.recorded_at, r.service_user_id, r.service_user FROM audit_records r
+     WHERE r.action = 'credential.open' AND r.outcome = 'refused' AND r.credential_id IS NOT NULL
+       AND r.recorded_at >= statement_timestamp() - make_interval(days => $1)
+       -- Whoever revoked it has done what there is to do.
+       AND EXISTS (SELECT FROM credentials c WHERE c.id = r.credential_id AND c.revoked_at IS NULL)
+     ORDER BY r.recorded_at DESC LIMIT $2
+)
+{_SUMMARY}
+"""  # noqa: S608
+
+SELECT_REFUSALS: Final = """
+WITH newest AS (
+    SELECT r.reason, r.repeats, r.recorded_at, coalesce(r.service_user, r.actor) AS whom
+      FROM audit_records r
+     WHERE r.outcome = 'refused' ORDER BY r.commit_order DESC, r.id DESC LIMIT $2
+)
+SELECT reason, sum(repeats)::bigint AS count, max(recorded_at) AS newest_at,
+       coalesce((array_agg(DISTINCT whom) FILTER (WHERE whom IS NOT NULL))[1:10], '{}') AS whom,
+       count(*) AS records
+  FROM newest
+ WHERE recorded_at >= statement_timestamp() - make_interval(hours => $1)
+ GROUP BY reason ORDER BY count DESC, reason
+"""
+
+SELECT_LOG_HEAD: Final = """
+SELECT coalesce(h.size, 0) AS size, h.signed_at,
+       (SELECT r.recorded_at FROM audit_records r
+         WHERE (r.commit_order, r.id) > (
+                   coalesce(h.commit_order, g.begins_after),
+                   coalesce(h.last_id, g.begins_after_id, 'ffffffff-ffff-ffff-ffff-ffffffffffff'))
+         ORDER BY r.commit_order, r.id LIMIT 1) AS waiting_since
+  FROM audit_logs g
+  LEFT JOIN LATERAL (SELECT size, commit_order, last_id, signed_at FROM audit_checkpoints
+                      WHERE log = g.log ORDER BY size DESC LIMIT 1) h ON true
+ ORDER BY g.log DESC LIMIT 1
+"""
+
+
+class AttentionRecords:
+    """Implements `authority.attention.AttentionStore`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def ending_credentials(self, seconds: float, limit: int) -> Sequence[EndingCredential]:
+        """Return the next `limit` that end."""
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(SELECT_ENDING, seconds, limit)
+        return [EndingCredential(**row) for row in rows]
+
+    async def unknown_tokens(self, days: int, limit: int) -> Lately | None:
+        """Return what was reported of tokens that are on no record."""
+        return await self._lately(SELECT_UNKNOWN_TOKENS, days, limit)
+
+    async def refused_openings(self, days: int, limit: int) -> Lately | None:
+        """Return how often a hand-over was refused that there is."""
+        return await self._lately(SELECT_REFUSED_OPENINGS, days, limit)
+
+    async def _lately(self, query: str, days: int, limit: int) -> Lately | None:
+        async with self._database.connection() as connection:
+            row = await connection.fetchrow(query, days, limit)
+        if row is None or row["count"] is None:
+            return None
+        return Lately(
+            count=row["count"],
+            newest_at=row["newest_at"],
+            service_users=dict(row["service_users"] or ()),
+        )
+
+    async def refusals(self, hours: int, limit: int) -> tuple[Sequence[Refusals], bool]:
+        """Return the newest refusals by reason."""
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(SELECT_REFUSALS, hours, limit)
+        found = [
+            Refusals(
+                reason=row["reason"],
+                count=row["count"],
+                newest_at=row["newest_at"],
+                whom=row["whom"],
+            )
+            for row in rows
+        ]
+        return found, sum(row["records"] for row in rows) >= limit
+
+    async def head(self) -> LogHead | None:
+        """Return the newest checkpoint of the newest log."""
+        async with self._database.connection() as connection:
+            row = await connection.fetchrow(SELECT_LOG_HEAD)
+        return None if row is None else LogHead(**row)
