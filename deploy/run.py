@@ -374,6 +374,7 @@ export PRIVYSEAL_CLIENT_SECRET=\\
 {operator[1]}
 {shlex.quote(os.path.relpath(PRIVYSEAL))} audit list --service-user {INTEGRATOR["name"]}
 """)
+    _line("console", f"{places.issuer}/console (sign in with these two)")
     _line("API", f"{places.api} (described in openapi.yaml)")
     _line("stop", "Ctrl-C")
 
