@@ -61,7 +61,7 @@ ResourceQuery = Annotated[
 CheckpointSize = Annotated[
     int | None,
     QueryParameter(
-        ge=0,
+        ge=1,
         le=2**53 - 1,
         description="Of a checkpoint that you hold: NDJSON can then be compared with that one.",
     ),

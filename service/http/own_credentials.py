@@ -25,7 +25,7 @@ from service.http.context import origin_of
 from service.http.errors import NO_STORE
 
 
-class Rotation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class NewSuccessor(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What to call the successor."""
 
     label: Label
@@ -60,7 +60,7 @@ class OwnCredentialController(Controller):
     @post("/rotate", opt={"action": Action.CREDENTIAL_ROTATE})
     async def rotate(
         self,
-        data: JSONBody[Rotation],
+        data: JSONBody[NewSuccessor],
         request: AnyRequest,
         operator: NamedDependency[Operator],
         own_credentials: NamedDependency[OwnCredentials],

@@ -186,7 +186,8 @@ async def test_what_was_typed_waits_for_a_new_sign_in(
     person: ConsoleClient, operator_credential: Credential
 ) -> None:
     person.cookie = "no.such.session"
-    answer = await person.post("/service-users/new", {"name": "vkyc <prod>", "client_secret": "pvs_x"})
+    typed = {"name": "vkyc <prod>", "client_secret": "pvs_x"}
+    answer = await person.post("/service-users/new", typed)
     assert answer.status_code == 401
     assert 'name="kept:name" value="vkyc &lt;prod&gt;"' in answer.text
     assert "pvs_x" not in answer.text

@@ -351,7 +351,9 @@ async def test_a_record_shows_its_place_in_the_tree_once_it_has_one(
         bytes(32),
     )
     (after,) = await read(audit_records)
-    assert after == msgspec.structs.replace(before, leaf_index=41)
+    assert (after.leaf_index, after.leaf_hash) == (41, bytes(32))
+    place = {"log_origin": None, "leaf_index": None, "leaf_hash": None}
+    assert msgspec.structs.replace(after, **place) == before
 
 
 async def test_since_and_until_bound_the_time_of_the_record_however_far_away(
