@@ -3,6 +3,7 @@
 Keeps no secret: it is exchanged, and gone.
 """
 
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -14,6 +15,7 @@ from keys.secret import Secret
 from service.authority.errors import OAuthError, Unauthenticated
 from service.authority.model import TokenRequest
 from service.authority.sessions import Sessions
+from service.console.forms import NOT_TYPED
 from service.console.gate import (
     ANYBODY,
     PUBLIC,
@@ -75,7 +77,7 @@ class SignInController(Controller):
             return redirect(request, following)
         session = await sessions.authenticate(token.token.reveal())
         note(request.scope, session=session, operator=session.operator)
-        return page(request, "resume.html", following=following, kept=kept)
+        return _go_on(request, following, kept)
 
     @post("/sign-in/resume", opt={PUBLIC: True}, status_code=HTTPStatus.OK)
     async def resume(
@@ -96,7 +98,7 @@ class SignInController(Controller):
                 kept=kept,
             )
         note(request.scope, session=session, operator=session.operator)
-        return page(request, "resume.html", following=following, kept=kept)
+        return _go_on(request, following, kept)
 
     @post("/session", opt={ANYBODY: True}, status_code=HTTPStatus.OK)
     async def stay(self, request: AnyRequest, sessions: NamedDependency[Sessions]) -> Response[Any]:
@@ -111,3 +113,7 @@ class SignInController(Controller):
         """Forget the session in this browser."""
         set_session(request, None)
         return redirect(request, SIGN_IN)
+
+
+def _go_on(request: AnyRequest, following: str, kept: Sequence[tuple[str, str]]) -> Response[Any]:
+    return page(request, "resume.html", following=following, kept=kept, not_typed=NOT_TYPED)

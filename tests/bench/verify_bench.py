@@ -1,6 +1,7 @@
 """`audit verify` beside `hashlib.sha256` alone: the same leaves, in the same run.
 
-Measures the check of a database, with as many processes as there are cores, and that of an archive.
+Measures the check of a database and of an export, with as many processes as there are cores, and
+that of an archive.
 """
 
 import asyncio
@@ -21,13 +22,19 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from rich.console import Console
 
 from keys.checkpoint import Checkpoint, NoteSigner, NoteVerifier
+from service.authority.audit import RecordFilter
+from service.authority.audit.export import LogHeader, Proven
+from service.authority.audit.exported import Pinning
 from service.authority.audit.merkle import Frontier, leaf_hash
 from service.authority.audit.verify import LogCheck, LogReport, encoded
+from service.http.export import ndjson
 from service.store.archive_files import publish, staged_archive, verify_archive
+from service.store.audit_log import AuditRecords
 from service.store.audit_tree import LEAF_COLUMNS
 from service.store.audit_verify import PAGE, Job, Survey, open_reader, page, parts, survey
-from service.store.database import MIGRATING, connect
+from service.store.database import MIGRATING, Database, connect
 from service.store.embedded import EmbeddedPostgres, Running
+from service.store.export_files import verify_export
 from service.store.migrate import migrate
 
 BAR: Final = 0.1
@@ -78,9 +85,14 @@ def main(quick: bool) -> None:
     with _postgres() as running, tempfile.TemporaryDirectory(prefix="privyseal-bench-") as to:
         leaves = asyncio.run(_filled(running, count))
         archive, verifier = asyncio.run(_archived(running, Path(to)))
+        export = asyncio.run(_exported(running, Path(to) / "export.ndjson"))
         for what, check in (
             (f"a database, {processes} processes", lambda: _checked(running, processes)),
             ("an archive", lambda: verify_archive(archive, verifier=verifier, outside=())),
+            (
+                f"an export, {processes} processes",
+                lambda: _checked_export(export, verifier, processes),
+            ),
         ):
             ratio = statistics.median(_ratio(console, what, leaves, check) for _ in range(ROUNDS))
             met = met and ratio >= BAR
@@ -153,6 +165,38 @@ async def _archived(running: Running, directory: Path) -> tuple[Path, NoteVerifi
     assert log.newest_note is not None
     verifier = NoteVerifier(log.origin, Ed25519PublicKey.from_public_bytes(log.public_key))
     return publish(writer.finish(log.newest_note)), verifier
+
+
+async def _exported(running: Running, path: Path) -> Path:
+    """Write the whole log as an export without filters is written; return where."""
+    connection = await open_reader(running.service_dsn)
+    try:
+        log = (await survey(connection)).logs[0]
+    finally:
+        await connection.close(timeout=5)
+    assert log.newest_note is not None
+    header = LogHeader(log_origin=log.origin, checkpoint=log.newest_note.decode())
+    async with Database(running.service_dsn, application_name="bench") as database:
+        with path.open("wb") as file:
+            file.write(ndjson([Proven(line=header)]))
+            records, cursor = AuditRecords(database), None
+            while page := await records.read(
+                RecordFilter(), cursor=cursor, newest_first=False, limit=PAGE
+            ):
+                file.write(ndjson([Proven(line=record) for record in page]))
+                cursor = page[-1].cursor
+    return path
+
+
+def _checked_export(path: Path, verifier: NoteVerifier, processes: int) -> LogReport:
+    (report,) = verify_export(
+        path,
+        pinning=lambda _: Pinning(verifier=verifier, outside=()),
+        cuts=(),
+        processes=processes,
+        on_progress=lambda _: None,
+    )
+    return report
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def claims_of(drawn: dict[str, Any]) -> Claims:
         scope=drawn["scope"],
         service_user=drawn["service_user"],
         source_system=drawn["source_system"],
-        **({} if minted_by is None else {"act": Actor(sub=minted_by)}),
+        act=msgspec.UNSET if minted_by is None else Actor(sub=minted_by),
     )
 
 

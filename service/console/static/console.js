@@ -6,7 +6,8 @@ addEventListener("pagehide", () => {
   for (const element of document.querySelectorAll("[data-secret]")) element.textContent = "shown once";
 });
 addEventListener("pageshow", (event) => {
-  if (event.persisted) location.reload();
+  // Asked for anew: a reload would offer to send a form once more.
+  if (event.persisted) location.replace(location.pathname + location.search);
 });
 
 // Copy buttons.
