@@ -89,6 +89,7 @@ class Places:
         self.integrator = self.var / f"{INTEGRATOR['name']}.json"
         self.reporter = self.var / f"{REPORTER['name']}.json"
         self.document = self.var / "document.pdf"
+        self.vkey = self.var / "vkey"
         self.authority_log = self.var / "authority.log"
         self.ingest_log = self.var / "ingest.log"
         kept = {
@@ -137,6 +138,7 @@ def _run(places: Places) -> None:
     uvicorn = (sys.executable, "-m", "uvicorn", "--app-dir", "deploy/examples/ingest", "app:app")
     with _process(serve, places.environ, places.authority_log) as authority:
         _await_ready("authority", f"{places.issuer}/readyz", authority, places.authority_log)
+        _keep_verifier_key(places)
         operator = _operator(places)
         integrator = _service_user(places, operator, INTEGRATOR, places.integrator)
         # It reports calls with tokens for the ingest service, and to the admin API.
@@ -231,6 +233,16 @@ def _await_ready(name: str, url: str, process: subprocess.Popen[bytes], log: Pat
 
 def _end_of(log: Path) -> str:
     return "\n".join(log.read_text("utf-8", "replace").splitlines()[-12:])
+
+
+def _keep_verifier_key(places: Places) -> None:
+    """Write down what verifies the audit log's checkpoints, as it was at the start of this run."""
+    command = (str(PRIVYSEAL), "migrate")
+    done = subprocess.run(command, env=places.environ, capture_output=True, text=True, timeout=60)
+    if done.returncode != 0:
+        raise Failed(f"`privyseal migrate` does not say the verifier key:\n{done.stderr.strip()}")
+    places.vkey.write_text(done.stdout)
+    _line("audit log", f"its verifier key is in {places.vkey}")
 
 
 def _operator(places: Places) -> Credential:
@@ -366,15 +378,23 @@ curl -X POST '{places.ingest}/api/v1/ingest' \\
   -H 'X-Approver-Department: {DEPARTMENT}' \\
   -F 'file=@{places.document}' \\
   -F 'metadata={metadata}'""")
+    privyseal = shlex.quote(os.path.relpath(PRIVYSEAL))
     _heading("Be the operator")
     click.echo(f"""
 export PRIVYSEAL_URL={places.issuer}
 export PRIVYSEAL_CLIENT_ID={operator[0]}
 export PRIVYSEAL_CLIENT_SECRET=\\
 {operator[1]}
-{shlex.quote(os.path.relpath(PRIVYSEAL))} audit list --service-user {INTEGRATOR["name"]}
+{privyseal} audit list --service-user {INTEGRATOR["name"]}""")
+    _heading("And prove the log: keep a checkpoint, export, verify offline")
+    click.echo(f"""
+curl -sS {places.api}/audit/checkpoint > {places.var}/kept.txt
+{privyseal} audit export --checkpoint {places.var}/kept.txt \\
+  --output {places.var}/log.ndjson
+{privyseal} audit verify --key {places.vkey} \\
+  --checkpoint {places.var}/kept.txt {places.var}/log.ndjson
 """)
-    _line("console", f"{places.issuer}/console (sign in with these two)")
+    _line("console", f"{places.issuer}/console (sign in as this operator)")
     _line("API", f"{places.api} (described in openapi.yaml)")
     _line("stop", "Ctrl-C")
 

@@ -21,7 +21,7 @@ from typing import Final, cast
 import structlog
 from litestar import Litestar, Router
 from litestar.di import Provide
-from litestar.types import ASGIApp, Scope
+from litestar.types import ASGIApp, ControllerRouterHandler, Scope
 
 from keys.envelope import EnvelopeError, KekReader, KeyEncryptionKeys
 from keys.keyring import RotationPolicy
@@ -57,7 +57,7 @@ from service.authority.usage import Usage
 from service.console.gate import gate
 from service.console.ingest_client import IngestClient
 from service.console.provider import Provider
-from service.console.routes import console
+from service.console.routes import console, front_door
 from service.console.samples import Installation
 from service.http import openapi
 from service.http.admin import (
@@ -207,6 +207,18 @@ def provider_of(settings: Settings, clock: Clock) -> Provider | None:
     )
 
 
+class Stores:
+    """What several parts find in Postgres; nothing is connected yet."""
+
+    def __init__(self, database: Database, *, clock_skew: int) -> None:
+        self.users = ServiceUsers(database, clock_skew=clock_skew)
+        self.signing_keys = SigningKeys(database, clock_skew=clock_skew)
+        self.records = AuditRecords(database)
+        self.events = AuditEvents(database, clock_skew=clock_skew)
+        self.tree = AuditTree(database.connection)
+        self.uses = RecordedUses(database)
+
+
 class Authority:
     """All parts of one server process, built but not started: `asgi` is what a server serves."""
 
@@ -222,30 +234,26 @@ class Authority:
         self.clock = DatabaseClock(wall)
         self._dsn = dsn
         self._signing = ThreadPoolExecutor(SIGNING_THREADS, thread_name_prefix="sign")
+        self._custody = custody(settings, read_keks, self._signing)
         self.database = Database(dsn, application_name="privyseal")
-        users = ServiceUsers(self.database, clock_skew=skew)
-        signing_keys = SigningKeys(self.database, clock_skew=skew)
-        records = AuditRecords(self.database)
-        events = AuditEvents(self.database, clock_skew=skew)
-        tree = AuditTree(self.database.connection)
-        kept = custody(settings, read_keks, self._signing)
-        self.directory = CachedDirectory(users)
-        self.keys = LiveKeyRing(store=signing_keys, custody=kept, clock=self.clock)
+        self._stores = stores = Stores(self.database, clock_skew=skew)
+        self.directory = CachedDirectory(stores.users)
+        self.keys = LiveKeyRing(store=stores.signing_keys, custody=self._custody, clock=self.clock)
         self.rotator = KeyRotator(
             keys=self.keys,
-            store=signing_keys,
-            evidence=events,
-            custody=kept,
+            store=stores.signing_keys,
+            evidence=stores.events,
+            custody=self._custody,
             policy=rotation_policy(settings),
             key_bits=settings.key_bits,
             clock=self.clock,
         )
-        outside = CheckpointFiles(settings.checkpoint_path)
-        self.continuity = Continuity(outside=outside, read_keks=read_keks)
+        self._outside = CheckpointFiles(settings.checkpoint_path)
+        self.continuity = Continuity(outside=self._outside, read_keks=read_keks)
         self.sequencer = Sequencer(
             connect=lambda: postgres_log(dsn),
             continuity=self.continuity,
-            outside=outside,
+            outside=self._outside,
             clock=self.clock,
         )
         self.audit = AuditLog(
@@ -260,134 +268,61 @@ class Authority:
             on_service_user=self.directory.forget,
             on_signing_keys=self._on_signing_keys,
         )
-        operators = Operators(
+        self._operators = Operators(
             issuer=settings.issuer,
             api_audience=settings.api_audience,
             keys=self.keys,
-            issuances=records,
+            issuances=stores.records,
             clock=self.clock,
             clock_skew=skew,
         )
-        issuer = TokenIssuer(
+        self._issuer = TokenIssuer(
             issuer=settings.issuer,
             api_audience=settings.api_audience,
             directory=self.directory,
             keys=self.keys,
             audit=self.audit,
             continuity=self.continuity,
-            operators=operators,
+            operators=self._operators,
             clock=self.clock,
         )
-        administration = Administration(
-            store=users,
-            operators=operators,
-            clock=self.clock,
-            api_audience=settings.api_audience,
+        self._sessions = Sessions(
+            issuer=settings.issuer,
             console_audience=settings.console_audience,
-            audience=settings.audience,
-            token_lifetime=settings.token_lifetime,
-        )
-        key_administration = KeyAdministration(
-            keys=self.keys,
-            store=signing_keys,
-            evidence=events,
-            custody=kept,
-            log_keys=tree,
-            read_keks=read_keks,
-            operators=operators,
-            policy=rotation_policy(settings),
-            key_bits=settings.key_bits,
-            jwks_max_age=settings.jwks_max_age,
-            ring_poll=RING_POLL,
-            max_stale=MAX_STALE,
+            token_issuer=self._issuer,
+            operators=self._operators,
             clock=self.clock,
         )
         self._claims = Claims(audit=self.audit, clock=self.clock)
-        event_reports = EventReports(
-            store=events,
-            tokens=events,
-            claims=self._claims,
-            operators=operators,
-            clock=self.clock,
-            clock_skew=skew,
-        )
-        forged_tokens = ForgedTokens(records=events, clock=self.clock)
-        exports = Exports(
-            records=records,
-            tree=tree,
-            outside=outside,
-            audit=self.audit,
-            operators=operators,
-            clock=self.clock,
-        )
-        reading = AuditReading(
-            records=records,
-            log=tree,
-            broken=lambda: self.continuity.broken,
-            clock=self.clock,
-        )
-        confirmations = Confirmations(store=users, operators=operators, clock=self.clock)
-        self.uses = RecordedUses(self.database)
-        usage = Usage(store=users, uses=self.uses, clock=self.clock)
-        hand_overs = HandOvers(store=users, audit=self.audit, clock=self.clock)
-        own_credentials = OwnCredentials(store=users, operators=operators, clock=self.clock)
-        leaks = Leaks(holders=users, administration=administration)
-        sessions = Sessions(
-            issuer=settings.issuer,
-            console_audience=settings.console_audience,
-            token_issuer=issuer,
-            operators=operators,
-            clock=self.clock,
-        )
-        by_hand = TokensByHand(
-            issuer=settings.issuer,
-            api_audience=settings.api_audience,
-            token_issuer=issuer,
-            operators=operators,
-            directory=self.directory,
-            names=ServiceUserNames(self.database),
-            clock=self.clock,
-        )
-        installation = Installation(
-            token_url=f"{settings.issuer}/oauth/token",
-            ingest_url=settings.upload_url,
-            ingest_audience=settings.audience,
-        )
-        people = People(store=users, api_audience=settings.api_audience, clock=self.clock)
-        watch = Watch(
-            store=AttentionRecords(self.database),
-            held=users,
-            keys=self.rotator,
-            log=self.continuity,
-            clock=self.clock,
-        )
+        self.usage = Usage(store=stores.users, uses=stores.uses, clock=self.clock)
         self._schema_ready = asyncio.Event()
         self._draining = False
         self._drain_seconds = settings.drain_seconds
+        self.litestar = Litestar(
+            route_handlers=self._routes(settings, read_keks),
+            exception_handlers={**EXCEPTION_HANDLERS},
+            lifespan=[self._running],
+            openapi_config=openapi.config(settings.issuer),
+            logging_config=None,
+        )
+        openapi.complete(self.litestar)
+        self.asgi = RequestContext(
+            self.litestar,
+            trusted_proxies=settings.trusted_proxies,
+            record_refusal=self._record_refusal,
+        )
 
+    def _routes(self, settings: Settings, read_keks: KekReader) -> list[ControllerRouterHandler]:
+        """Build all that answers a request."""
+        forged_tokens = ForgedTokens(records=self._stores.events, clock=self.clock)
         parts = {
-            "administration": _provide(administration),
-            "issuer": _provide(issuer),
-            "records": _provide(records),
-            "exports": _provide(exports),
-            "export_stream": _provide(_export_stream),
-            "reading": _provide(reading),
-            "confirmations": _provide(confirmations),
-            "usage": _provide(usage),
-            "hand_overs": _provide(hand_overs),
-            "own_credentials": _provide(own_credentials),
-            "leaks": _provide(leaks),
-            "tree": _provide(tree),
-            "clock": _provide(self.clock),
-            "key_administration": _provide(key_administration),
-            "event_reports": _provide(event_reports),
-            "sessions": _provide(sessions),
-            "watch": _provide(watch),
-            "people": _provide(people),
-            "provider": _provide(provider_of(settings, self.clock)),
-            "by_hand": _provide(by_hand),
-            "installation": _provide(installation),
-            "ingest_client": _provide(IngestClient(settings.upload_url)),
+            name: _provide(part)
+            for name, part in {
+                "clock": self.clock,
+                **self._administering(settings, read_keks),
+                **self._auditing(settings),
+                **self._at_the_console(settings),
+            }.items()
         }
         admin_api = Router(
             "/api/v1",
@@ -402,39 +337,129 @@ class Authority:
                 AuditEventController,
             ],
             middleware=[alerting(forged_tokens.count)],
-            before_request=gatekeeper(operators),
+            before_request=gatekeeper(self._operators),
             request_max_body_size=MAX_BODY,
             dependencies={"operator": Provide(operator_of), **parts},
             security=[{"bearer": []}],
         )
         let_in = gate(
-            sessions,
+            self._sessions,
             issuer=settings.issuer,
             clock=self.clock,
             count_forged=forged_tokens.count,
             portal=settings.provider_name,
         )
-        self.litestar = Litestar(
-            route_handlers=[
-                token_endpoint(issuer),
-                jwks_endpoint(lambda: self.keys.ring, settings.jwks_max_age),
-                *metadata_endpoints(metadata(settings.issuer), settings.jwks_max_age),
-                *health_endpoints(self.health, lambda: metrics.exposition(self.rotator.figures())),
-                checkpoint_endpoint(lambda: self.continuity.latest_note),
-                admin_api,
-                console(let_in, parts),
-            ],
-            exception_handlers={**EXCEPTION_HANDLERS},
-            lifespan=[self._running],
-            openapi_config=openapi.config(settings.issuer),
-            logging_config=None,
+        return [
+            token_endpoint(self._issuer),
+            jwks_endpoint(lambda: self.keys.ring, settings.jwks_max_age),
+            *metadata_endpoints(metadata(settings.issuer), settings.jwks_max_age),
+            *health_endpoints(self.health, lambda: metrics.exposition(self.rotator.figures())),
+            checkpoint_endpoint(lambda: self.continuity.latest_note),
+            admin_api,
+            front_door,
+            console(let_in, parts),
+        ]
+
+    def _administering(self, settings: Settings, read_keks: KekReader) -> dict[str, object]:
+        """Build what acts on service users, credentials and signing keys, by the name that
+        handlers ask for."""
+        users, operators, clock = self._stores.users, self._operators, self.clock
+        administration = Administration(
+            store=users,
+            operators=operators,
+            clock=clock,
+            api_audience=settings.api_audience,
+            console_audience=settings.console_audience,
+            audience=settings.audience,
+            token_lifetime=settings.token_lifetime,
         )
-        openapi.complete(self.litestar)
-        self.asgi = RequestContext(
-            self.litestar,
-            trusted_proxies=settings.trusted_proxies,
-            record_refusal=self._record_refusal,
-        )
+        return {
+            "administration": administration,
+            "issuer": self._issuer,
+            "confirmations": Confirmations(store=users, operators=operators, clock=clock),
+            "own_credentials": OwnCredentials(store=users, operators=operators, clock=clock),
+            "leaks": Leaks(holders=users, administration=administration),
+            "key_administration": KeyAdministration(
+                keys=self.keys,
+                store=self._stores.signing_keys,
+                evidence=self._stores.events,
+                custody=self._custody,
+                log_keys=self._stores.tree,
+                read_keks=read_keks,
+                operators=operators,
+                policy=rotation_policy(settings),
+                key_bits=settings.key_bits,
+                jwks_max_age=settings.jwks_max_age,
+                ring_poll=RING_POLL,
+                max_stale=MAX_STALE,
+                clock=clock,
+            ),
+        }
+
+    def _auditing(self, settings: Settings) -> dict[str, object]:
+        """Build what reads the audit log and what is reported to it."""
+        records, tree, events = self._stores.records, self._stores.tree, self._stores.events
+        return {
+            "records": records,
+            "tree": tree,
+            "exports": Exports(
+                records=records,
+                tree=tree,
+                outside=self._outside,
+                audit=self.audit,
+                operators=self._operators,
+                clock=self.clock,
+            ),
+            "export_stream": _export_stream,
+            "reading": AuditReading(
+                records=records,
+                log=tree,
+                broken=lambda: self.continuity.broken,
+                clock=self.clock,
+            ),
+            "event_reports": EventReports(
+                store=events,
+                tokens=events,
+                claims=self._claims,
+                operators=self._operators,
+                clock=self.clock,
+                clock_skew=settings.clock_skew,
+            ),
+        }
+
+    def _at_the_console(self, settings: Settings) -> dict[str, object]:
+        """Build what only the console asks for."""
+        users, clock = self._stores.users, self.clock
+        return {
+            "sessions": self._sessions,
+            "people": People(store=users, api_audience=settings.api_audience, clock=clock),
+            "provider": provider_of(settings, clock),
+            "watch": Watch(
+                store=AttentionRecords(self.database),
+                uses=self._stores.uses,
+                held=users,
+                keys=self.rotator,
+                log=self.continuity,
+                clock=clock,
+            ),
+            "usage": self.usage,
+            "hand_overs": HandOvers(store=users, audit=self.audit, clock=clock),
+            "by_hand": TokensByHand(
+                issuer=settings.issuer,
+                api_audience=settings.api_audience,
+                token_issuer=self._issuer,
+                operators=self._operators,
+                directory=self.directory,
+                names=ServiceUserNames(self.database),
+                clock=clock,
+            ),
+            "installation": Installation(
+                token_url=f"{settings.issuer}/oauth/token",
+                ingest_url=settings.upload_url,
+                ingest_audience=settings.audience,
+            ),
+            "ingest_client": IngestClient(settings.upload_url),
+        }
 
     def health(self) -> Health:
         """Return whether this process should get requests. Postgres away is no reason not to."""
@@ -510,7 +535,7 @@ class Authority:
         """Count the credentials that end soon, for whoever watches the metrics."""
         days = metrics.CREDENTIALS_ENDING_DAYS
         try:
-            counts = await self.uses.count_ending([timedelta(days=each) for each in days])
+            counts = await self.usage.count_ending([timedelta(days=each) for each in days])
         except StoreUnavailable as error:
             # Nothing waits for these figures.
             log.warning("ending_credentials_not_counted", error=str(error))

@@ -320,10 +320,15 @@ class Administration:
         service_user_id: str,
         new: NewCredential,
         origin: ClientAddress,
+        *,
+        credential_id: str | None = None,
     ) -> tuple[Credential, Secret]:
-        """Create a credential and return its secret, which cannot be had a second time."""
+        """Create a credential and return its secret, which cannot be had a second time.
+
+        Who asks under an id gets one credential, however often: the second time raises Conflict.
+        """
         secret = new_secret()
-        credential = self._credential(service_user_id, new, secret)
+        credential = self._credential(service_user_id, new, secret, credential_id)
         created = await self._add(
             Action.CREDENTIAL_CREATE, operator, credential, origin, self._store.create_credential
         )
@@ -335,14 +340,17 @@ class Administration:
         service_user_id: str,
         new: NewCredential,
         origin: ClientAddress,
+        *,
+        credential_id: str | None = None,
     ) -> HandOver:
         """Create a credential whose secret is made when somebody opens the link, within 24 hours.
 
-        It takes the rights to create one: whoever has the link can open it.
+        It takes the rights to create one: whoever has the link can open it. The id is as for
+        `create_credential`.
         """
         code = new_code()
         # Nobody ever sees this secret: the one that counts takes its place.
-        credential = self._credential(service_user_id, new, new_secret())
+        credential = self._credential(service_user_id, new, new_secret(), credential_id)
         credential = msgspec.structs.replace(
             credential, code_ends_at=credential.created_at + CODE_LIFETIME
         )
@@ -354,10 +362,16 @@ class Administration:
         link = f"{self._console_audience}/hand-over#{code.reveal()}"
         return HandOver(credential=offered, link=Secret(link))
 
-    def _credential(self, service_user_id: str, new: NewCredential, secret: Secret) -> Credential:
+    def _credential(
+        self,
+        service_user_id: str,
+        new: NewCredential,
+        secret: Secret,
+        credential_id: str | None,
+    ) -> Credential:
         now = self._now()
         return Credential(
-            id=new_id("cr"),
+            id=credential_id or new_id("cr"),
             service_user_id=service_user_id,
             label=new.label,
             secret_sha256=secret_sha256(secret),

@@ -4,16 +4,16 @@ Mends nothing, and shows nobody what their scopes do not.
 """
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final, Protocol
 
 from msgspec import Struct
 
 from keys.keyring import Concern
-from service.authority.issuer import ENDS_SOON
 from service.authority.leaked import Held
-from service.authority.model import AdminScope, Clock
+from service.authority.model import ENDS_SOON, AdminScope, Clock
 from service.authority.operators import Operator
+from service.authority.usage import EndingCredential
 
 DAYS: Final = 7
 """For so long what was reported or refused once is shown."""
@@ -26,29 +26,6 @@ ENDING_LOOKED_AT: Final = 100
 """Credentials that end next, of which those that nobody needs are left out."""
 CHECKPOINT_LATE: Final = 60.0
 """Seconds for which a committed record may wait for its checkpoint; one is usual."""
-
-
-class EndingCredential(Struct, frozen=True, kw_only=True):
-    """A live credential that ends within 30 days.
-
-    `replaced_at` is when the newest one was made that its service user has instead: live, and
-    good for longer.
-    """
-
-    service_user_id: str
-    service_user: str
-    credential_id: str
-    label: str
-    expires_at: datetime
-    last_used_at: datetime | None
-    replaced_at: datetime | None
-
-    @property
-    def is_needed(self) -> bool:
-        """Whether anything stops when it ends, as far as is known: the other one is not in use."""
-        return self.replaced_at is None or (
-            self.last_used_at is not None and self.last_used_at > self.replaced_at
-        )
 
 
 class Lately(Struct, frozen=True, kw_only=True):
@@ -81,11 +58,6 @@ class AttentionStore(Protocol):
     """What stands in Postgres; every method may raise StoreUnavailable, and looks at no more than
     it is told to, whatever there is."""
 
-    async def ending_credentials(self, seconds: float, limit: int) -> Sequence[EndingCredential]:
-        """Return live credentials of active service users that end within so many seconds, the
-        next one first."""
-        ...
-
     async def unknown_tokens(self, days: int, limit: int) -> Lately | None:
         """Return what was reported of tokens that are on no record, of the newest `limit`."""
         ...
@@ -101,6 +73,16 @@ class AttentionStore(Protocol):
 
     async def head(self) -> LogHead | None:
         """Return the newest checkpoint of the log; None while there is no log."""
+        ...
+
+
+class EndingCredentials(Protocol):
+    """Finds credentials that end."""
+
+    async def ending(
+        self, within: timedelta, *, after: tuple[datetime, str] | None, limit: int
+    ) -> Sequence[EndingCredential]:
+        """Return live credentials of active service users that end, the first end first."""
         ...
 
 
@@ -201,12 +183,14 @@ class Watch:
         self,
         *,
         store: AttentionStore,
+        uses: EndingCredentials,
         held: HeldCredentials,
         keys: KeyWatch,
         log: LogWatch,
         clock: Clock,
     ) -> None:
         self._store = store
+        self._uses = uses
         self._held = held
         self._key_watch = keys
         self._log = log
@@ -234,7 +218,9 @@ class Watch:
         )
 
     async def _of_credentials(self) -> CredentialsNow:
-        ending = await self._store.ending_credentials(ENDS_SOON, ENDING_LOOKED_AT)
+        ending = await self._uses.ending(
+            timedelta(seconds=ENDS_SOON), after=None, limit=ENDING_LOOKED_AT
+        )
         needed = [each for each in ending if each.is_needed]
         return CredentialsNow(
             ending=needed[:NAMED],

@@ -34,7 +34,8 @@ class RefusedOpening(Struct, frozen=True, kw_only=True):
     """Somebody had the code of a hand-over and got nothing: from where, and who got it before.
 
     The newest of its credential, of `count`. `address` and `opened_from` are null once they were
-    erased.
+    erased. `is_reload` says that all of them came from the address and the browser that opened it,
+    as when a page is loaded again.
     """
 
     service_user_id: str
@@ -47,6 +48,7 @@ class RefusedOpening(Struct, frozen=True, kw_only=True):
     address: str | None
     opened_at: datetime | None
     opened_from: str | None
+    is_reload: bool
 
 
 class HandedOver(Protocol):

@@ -51,9 +51,6 @@ from service.authority.operators import KeyRings, Operator, Operators
 SIGN_DEADLINE: Final = 2.0
 """Seconds; a signer in an HSM may hang."""
 
-ENDS_SOON: Final = 30 * 86_400
-"""Seconds before its end from which each answer says when the credential ends."""
-
 
 class Directory(Protocol):
     """Reads service users, from memory or from Postgres."""
@@ -291,7 +288,8 @@ def integrator(subject: Subject) -> ServiceUser:
         raise NotFound("There is no such service user.")
     if user.admin_scopes:
         raise Forbidden(
-            f"{user.name} holds {min(user.admin_scopes)}: tokens for operators are never minted."
+            f"{user.name} holds {min(user.admin_scopes)}, a scope of the admin API. Tokens of "
+            "whoever holds one are not made by hand."
         )
     if user.is_person:
         raise Forbidden(f"{user.name} is a person: tokens are for machines.")
@@ -359,7 +357,7 @@ def grant(
             claims=claims,
             key=key,
             credential_expires_at=credential.expires_at
-            if credential is not None and credential.expires_at.timestamp() - now < ENDS_SOON
+            if credential is not None and credential.ends_soon(now)
             else None,
         ),
     )

@@ -43,12 +43,14 @@ _NOT_PUBLISHED: Final = "No key with this kid is published: nothing is left to r
 class Rotation(Struct, frozen=True, kw_only=True):
     """A rotation that was asked for: which key signs, which one will, and from when it may.
 
-    It will not wait for `missing`: verifiers heard from lately that had not loaded the next key.
+    It will not wait for `missing`: verifiers heard from lately that had not loaded the next key. If
+    it had been asked for already, at `asked_before_at`, nothing more was needed.
     """
 
     signing_kid: str
     next_kid: str
     may_sign_from: datetime
+    asked_before_at: datetime | None
     missing: list[VerifierInstance]
 
 
@@ -221,6 +223,7 @@ class KeyAdministration:
             ring = await self._keys.fresh()
             if ring.active is None or ring.pending is None:
                 raise Conflict("There is no next key yet. It is made within seconds: try again.")
+            asked_before = ring.active.released_at
             record = self._record(
                 Action.SIGNING_KEY_ROTATE, operator, ring.active.kid, reason, origin, {}
             )
@@ -231,6 +234,7 @@ class KeyAdministration:
                 signing_kid=ring.active.kid,
                 next_kid=ring.pending.kid,
                 may_sign_from=_datetime(self._policy.may_sign_from(ring.pending)),
+                asked_before_at=None if asked_before is None else _datetime(asked_before),
                 missing=[each for each in heard if not each.has_loaded],
             )
 

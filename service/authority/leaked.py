@@ -13,7 +13,14 @@ from msgspec.structs import replace
 
 from service.authority.administration import Administration
 from service.authority.errors import Conflict
-from service.authority.model import AdminScope, ClientAddress, Credential, LiveTokens, ServiceUser
+from service.authority.model import (
+    AdminScope,
+    ClientAddress,
+    Credential,
+    LiveTokens,
+    ServiceUser,
+    Subject,
+)
 from service.authority.operators import Operator
 
 REASON: Final = "found leaked"
@@ -34,6 +41,10 @@ class Holders(Protocol):
         """Return those that are known, the ended ones included; raise StoreUnavailable."""
         ...
 
+    async def fresh(self, client_id: str) -> Subject:
+        """Return a service user and its credentials as they are now; raise StoreUnavailable."""
+        ...
+
 
 class Fate(StrEnum):
     """What became of a leaked credential."""
@@ -46,7 +57,10 @@ class Fate(StrEnum):
 
 
 class Leak(Struct, frozen=True, kw_only=True):
-    """A credential whose secret was found, what became of it, and which tokens are still live."""
+    """A credential whose secret was found, what became of it, and which tokens are still live.
+
+    `detail` also names what whoever had the secret may have made with it, and is not revoked.
+    """
 
     held: Held
     fate: Fate
@@ -102,7 +116,7 @@ class Leaks:
                 held, credential=replace(revoked, last_used_at=held.credential.last_used_at)
             ),
             fate=Fate.REVOKED,
-            detail="",
+            detail=await self._came_of(held),
             live_tokens=live_tokens,
         )
 
@@ -111,8 +125,24 @@ class Leaks:
         return Leak(
             held=held,
             fate=Fate.KEPT if credential.revoked_at is None else Fate.REVOKED_BEFORE,
-            detail=detail,
+            detail=" ".join(filter(None, (detail, await self._came_of(held)))),
             live_tokens=await self._administration.live_tokens(
                 credential.service_user_id, credential.id
             ),
         )
+
+    async def _came_of(self, held: Held) -> str:
+        """Say what is left of the credentials that were made with this one, or with those.
+
+        They are not revoked with it: mostly its true holder made them, and works with them.
+        """
+        subject = await self._holders.fresh(held.service_user.id)
+        made, left = {held.credential.id}, list[str]()
+        for each in sorted(subject.credentials, key=lambda each: each.created_at):
+            if each.succeeds in made:
+                made.add(each.id)
+                if each.revoked_at is None:
+                    left.append(f"{each.label} ({each.id})")
+        if not left:
+            return ""
+        return f"It was rotated to {', '.join(left)}. Unless its holder did that, revoke that too."

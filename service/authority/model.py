@@ -63,6 +63,8 @@ CLIENT_ID: Final = re.compile("su_[a-z2-7]{24}")
 PEOPLE: Final = "console"
 """The source system of people who sign in through the human portal, and of nobody else."""
 MAX_LIVE_CREDENTIALS: Final = 10
+ENDS_SOON: Final = 30 * 86_400
+"""Seconds before its end from which everybody is told that a credential ends."""
 
 
 class AdminScope(StrEnum):
@@ -157,6 +159,10 @@ class Credential(Struct, frozen=True, kw_only=True):
         """Whether it never can be exchanged again, whatever an operator does."""
         expired = now >= self.expires_at.timestamp()
         return self.revoked_at is not None or expired or self._lapsed(now)
+
+    def ends_soon(self, now: float) -> bool:
+        """Whether it ends, or ended, within 30 days from `now`, unless it is revoked before."""
+        return self.expires_at.timestamp() - now < ENDS_SOON
 
     def state(self, now: float) -> str:
         """Return live, offered, held, lapsed, expired or revoked, as of `now`."""

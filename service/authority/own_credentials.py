@@ -117,20 +117,25 @@ def replaceable(subject: Subject, credential_id: str | None, now: float) -> Cred
     if old is None:
         # A token that was minted by hand has none either: its minter must not get a secret by it.
         raise Conflict("There is no credential behind this sign-in or token that could be rotated.")
-    if successor := next((each for each in _successors(subject, old) if not each.revoked_at), None):
+    if successor := successor_of(old, subject.credentials):
         raise Conflict(
-            f"{old.label} was rotated: its successor is {successor.label}. Sign in with that one. "
-            "If its secret is lost, ask an operator to revoke it; then you can rotate again."
+            f"“{old.label}” was rotated: its successor is “{successor.label}”. Sign in with that "
+            "one. If its secret is lost, ask an operator to revoke it; then you can rotate again."
         )
     require_room(subject, now)
     return old
 
 
-def _successors(subject: Subject, old: Credential) -> list[Credential]:
-    return [held for held in subject.credentials if held.succeeds == old.id]
+def successor_of(old: Credential, held: Sequence[Credential]) -> Credential | None:
+    """Return what a credential was rotated to, unless that is revoked."""
+    return next((each for each in _successors(old, held) if not each.revoked_at), None)
+
+
+def _successors(old: Credential, held: Sequence[Credential]) -> list[Credential]:
+    return [each for each in held if each.succeeds == old.id]
 
 
 def _lifetime(subject: Subject, old: Credential) -> timedelta:
     # One that was rotated before, to a successor that is revoked, does not tell any more.
-    made = next(iter(_successors(subject, old)), old)
+    made = next(iter(_successors(old, subject.credentials)), old)
     return made.expires_at - made.created_at

@@ -4,7 +4,7 @@ Changes nothing. It knows what is on record here; whether an application still h
 it has not used, nobody can know.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Final, Protocol
@@ -13,15 +13,25 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from service.authority.errors import NotFound
-from service.authority.model import AdminScope, Clock, Credential, ServiceUser, Status, Subject
+from service.authority.model import (
+    ENDS_SOON,
+    AdminScope,
+    Clock,
+    Credential,
+    ServiceUser,
+    Status,
+    Subject,
+)
 from service.authority.operators import Operator
 
-ENDING_SOON: Final = timedelta(days=30)
-"""How long before its end a credential is shown as one that ends."""
 RECENTLY: Final = timedelta(days=7)
 """Whatever used a credential within this time is taken to use it still."""
 MANY_TOKENS: Final = 1000
 """Live tokens are counted up to this: a page must not take longer for who has more."""
+ENDING_AT_A_TIME: Final = 200
+"""Credentials that end are read so many at a time, needed or not."""
+
+_SOON: Final = timedelta(seconds=ENDS_SOON)
 
 
 class Use(Struct, frozen=True, kw_only=True):
@@ -41,9 +51,9 @@ class Standing(StrEnum):
     USED = "used"
     """It was used since a newer one was made: something did not move over."""
     TOO_EARLY = "too_early"
-    """It was not used since, but so lately that something may not have come back yet."""
+    """It was not used since, but was used, or made, so lately that something may come yet."""
     SAFE = "safe"
-    """Nothing used it since a newer one was made, nor lately."""
+    """Nothing used it since a newer one was made, nor lately, and it is not new itself."""
 
 
 class CredentialUse(Struct, frozen=True, kw_only=True):
@@ -85,7 +95,8 @@ class ListedServiceUser(Struct, frozen=True, kw_only=True):
 
 
 class EndingCredential(Struct, frozen=True, kw_only=True):
-    """A live credential that ends soon, and nothing newer has taken its place."""
+    """A live credential that ends. `replaced_at` is since when its service user has another one:
+    live, made after it, and good for longer."""
 
     service_user_id: str
     service_user: str
@@ -95,6 +106,15 @@ class EndingCredential(Struct, frozen=True, kw_only=True):
     label: str
     expires_at: datetime
     last_used_at: datetime | None
+    replaced_at: datetime | None
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether anything stops when it ends, as far as is known: nothing has replaced it, or it
+        was used since."""
+        return self.replaced_at is None or (
+            self.last_used_at is not None and self.last_used_at >= self.replaced_at
+        )
 
 
 class ServiceUserFilter(Struct, frozen=True, kw_only=True):
@@ -141,11 +161,8 @@ class Uses(Protocol):
     async def ending(
         self, within: timedelta, *, after: tuple[datetime, str] | None, limit: int
     ) -> Sequence[EndingCredential]:
-        """Return credentials that end and that nothing replaces, by their end, then their id."""
-        ...
-
-    async def count_ending(self, within: Sequence[timedelta]) -> Sequence[int]:
-        """Count those of `ending`, for each of these times."""
+        """Return live credentials of active service users that end, by their end, then their id,
+        starting after such a place."""
         ...
 
 
@@ -188,7 +205,7 @@ class Usage:
     ) -> Sequence[ListedServiceUser]:
         """Return service users by name, starting after the name `after`."""
         operator.require(AdminScope.SERVICE_USERS_READ)
-        return await self._uses.page(wanted, after=after, limit=limit, ending_within=ENDING_SOON)
+        return await self._uses.page(wanted, after=after, limit=limit, ending_within=_SOON)
 
     async def source_systems(self, operator: Operator, limit: int) -> Sequence[str]:
         """Return the first source systems that service users have, to choose from."""
@@ -198,9 +215,32 @@ class Usage:
     async def ending(
         self, operator: Operator, *, after: tuple[datetime, str] | None = None, limit: int
     ) -> Sequence[EndingCredential]:
-        """Return the credentials that end soon and that nothing replaces, the first end first."""
+        """Return the credentials that end soon and are needed, the first end first."""
         operator.require(AdminScope.SERVICE_USERS_READ)
-        return await self._uses.ending(ENDING_SOON, after=after, limit=limit)
+        found: list[EndingCredential] = []
+        async for needed in self._needed(_SOON, after):
+            found += needed
+            if len(found) >= limit:
+                break
+        return found[:limit]
+
+    async def count_ending(self, within: Sequence[timedelta]) -> Sequence[int]:
+        """Count the credentials that end and are needed, for each of these times from now."""
+        now = datetime.fromtimestamp(self._clock(), UTC)
+        ends = [
+            each.expires_at async for needed in self._needed(max(within), None) for each in needed
+        ]
+        return [sum(end - now < time for end in ends) for time in within]
+
+    async def _needed(
+        self, within: timedelta, after: tuple[datetime, str] | None
+    ) -> AsyncGenerator[Sequence[EndingCredential], None]:
+        while True:
+            ending = await self._uses.ending(within, after=after, limit=ENDING_AT_A_TIME)
+            yield [each for each in ending if each.is_needed]
+            if len(ending) < ENDING_AT_A_TIME:
+                return
+            after = ending[-1].expires_at, ending[-1].credential_id
 
 
 def judge(
@@ -223,16 +263,15 @@ def judge(
             default=None,
         )
         ended = credential.has_ended(now)
-        used_recently = last_use is not None and moment - last_use.at < RECENTLY
+        # One that was never used may not have been rolled out yet.
+        lately = moment - (last_use.at if last_use else usable_since(credential)) < RECENTLY
         return CredentialUse(
             credential=credential,
             last_use=last_use,
             successor=successor,
-            standing=Standing.ENDED
-            if ended
-            else _standing(last_use, successor, used_recently=used_recently),
-            used_recently=used_recently,
-            ends_soon=not ended and credential.expires_at - moment < ENDING_SOON,
+            standing=Standing.ENDED if ended else _standing(last_use, successor, lately=lately),
+            used_recently=last_use is not None and lately,
+            ends_soon=not ended and credential.ends_soon(now),
         )
 
     return [judged(credential) for credential in credentials]
@@ -243,11 +282,9 @@ def usable_since(credential: Credential) -> datetime:
     return credential.opened_at or credential.created_at
 
 
-def _standing(
-    last_use: Use | None, successor: Credential | None, *, used_recently: bool
-) -> Standing:
+def _standing(last_use: Use | None, successor: Credential | None, *, lately: bool) -> Standing:
     if successor is None:
         return Standing.UNREPLACED
     if last_use is not None and last_use.at >= usable_since(successor):
         return Standing.USED
-    return Standing.TOO_EARLY if used_recently else Standing.SAFE
+    return Standing.TOO_EARLY if lately else Standing.SAFE

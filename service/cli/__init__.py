@@ -18,7 +18,10 @@ _SECTIONS: Final = {
         ),
         "credentials": ("service.cli.credentials:credentials", "The secrets of a service user."),
         "tokens": ("service.cli.tokens:tokens", "Mint a token by hand, for trying."),
-        "keys": ("service.cli.signing_keys:keys", "The published signing keys."),
+        "keys": (
+            "service.cli.signing_keys:keys",
+            "Look at the signing keys, rotate and revoke them.",
+        ),
         "audit": ("service.cli.audit:audit", "Who did what, when, from where."),
         "token": ("service.cli.tokens:token", "Print an access token, or keep one in a file."),
     },

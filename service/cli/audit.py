@@ -69,9 +69,10 @@ def list_(
     service_user: str | None,
     **filters: str | None,
 ) -> None:
-    """List audit records that meet every filter: the last ones, the newest at the bottom.
+    """List the last records that meet every filter.
 
-    --json has more of each record, such as its id (the jti of a token) and the request id.
+    The newest is at the bottom. --json has more of each record, such as its id (the jti of a token)
+    and the request id.
 
     \b
     Examples:
@@ -151,7 +152,7 @@ def _line(record: Json) -> Mapping[str, Any]:
     multiple=True,
     envvar="PRIVYSEAL_AUDIT_KEY",
     metavar="VKEY",
-    help="The log's verifier key, as `privyseal migrate` prints it, or a file with it.",
+    help="The log's verifier key, or a file with it, such as what `privyseal migrate` prints.",
 )
 @json_option
 def verify(
@@ -161,10 +162,11 @@ def verify(
     keys: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Check the log for tampering: a database, or archives and exports (FILES).
+    """Check the log for tampering.
 
-    Reads every record, recomputes every hash, and compares with every checkpoint. Any role that may
-    read the tables will do, files need no database, and no key of the service is needed.
+    The log is that of a database, or of archives and exports (FILES). Reads every record,
+    recomputes every hash, and compares with every checkpoint. Any role that may read the tables
+    will do, files need no database, and no key of the service is needed.
 
     Of an archive, give any file; of `audit export`, the NDJSON. They can be compared with their own
     checkpoint, with what CHECKPOINT_DIR kept when they were made, and with one that an export was
@@ -179,7 +181,14 @@ def verify(
       privyseal audit verify --key vkey archive/*.json
       privyseal audit verify --key vkey --checkpoint kept.txt november.ndjson
 
-    Exits with 0 if nothing was changed and with 1 if anything was; the first bad record is named.
+    The first bad record is named; records are counted from 0.
+
+    \b
+    Exit status:
+      0  nothing was changed
+      1  something was, or a file cannot be read
+      2  wrong usage
+      3  nothing was found, and a file could not be compared with a checkpoint that was given
     """
     if files and database:
         raise click.UsageError("Give FILES or --database.")
@@ -205,7 +214,7 @@ def verify(
 )
 @json_option
 def archive(month: str | None, older_than: int | None, directory: Path, as_json: bool) -> None:
-    """Move months that have ended out of the database into compressed files.
+    """Move months that have ended out of the database, into files.
 
     As the owner (privyseal_owner). A month is written, made durable, read again and verified; only
     then it leaves the database, which is itself on record. Its hashes stay, so that the log still
@@ -239,10 +248,11 @@ def archive(month: str | None, older_than: int | None, directory: Path, as_json:
 def erase(
     match: tuple[str, str], before: str | None, reason: str, dry_run: bool, yes: bool
 ) -> None:
-    """Erase personal values for good: address, user agent, resource, department. Asks first.
+    """Erase personal values of records for good. Asks first.
 
-    As the owner (privyseal_owner). The records stay, and every proof with them. On record is how
-    many were erased and why, not what was matched. Archives and backups keep theirs.
+    Those are address, user agent, resource and department. As the owner (privyseal_owner). The
+    records stay, and every proof with them. On record is how many were erased and why, not what was
+    matched. Archives and backups keep theirs.
     """
     kind, wanted = match
     import_module("service.cli.audit_offline").erase_matching(

@@ -72,8 +72,13 @@ from service.store.export_files import is_export, verify_export
 
 MAX_PROCESSES: Final = 8
 
+_VKEY: Final = "name+8 hex digits+base64"
+
 _DRAW_EVERY: Final = 0.1
 """Seconds between two looks of a bar."""
+
+NOT_COMPARED: Final = 3
+"""Exit status: nothing was found, and a checkpoint that was given could not be compared with."""
 
 NOT_OUTSIDE: Final = (
     "Compared with no checkpoint from outside the database: a log that was cut, restored from an "
@@ -107,7 +112,7 @@ def verify(
     keys: Sequence[str],
     as_json: bool,
 ) -> None:
-    """Check, print, and exit with 1 if anything is wrong."""
+    """Check, print, and exit with 1 if anything is wrong, with NOT_COMPARED if nothing else is."""
     settings = None if files or database else command_settings()
     if settings is not None and not checkpoints and settings.checkpoint_path.is_dir():
         checkpoints = [settings.checkpoint_path]
@@ -121,25 +126,39 @@ def verify(
         print_json(_as_json(verdict))
     else:
         _print(verdict)
-    sys.exit(any(report.findings for report in verdict.reports))
+    flaws = {finding.flaw for report in verdict.reports for finding in report.findings}
+    sys.exit(NOT_COMPARED if flaws == {Flaw.UNCOMPARED} else bool(flaws))
 
 
 def verify_files(files: Sequence[Path], pinned: Pinned) -> Verdict:
     """Check archives and exports, each by itself. Needs the key of each one's log."""
     reports: list[LogReport] = []
     for file in files:
+        if _is_csv(file):
+            raise click.UsageError(f"{file}: a CSV cannot be verified. Export NDJSON.")
         try:
             reports += (_verify_export if is_export(file) else _verify_archive)(file, pinned)
         except Unreadable as damage:
             raise click.ClickException(str(damage)) from None
     notices = [
-        f"{printable(report.origin)}: from record {report.agreed_outside:,} on, only the file's "
-        "own checkpoint vouches for it, which is worth as much as the log's key. Give a later one "
-        "that was kept elsewhere: --checkpoint."
+        f"{printable(report.origin)}: {_from(report.agreed_outside)}only the file's own checkpoint "
+        "vouches for it. That shows that the file is whole and signed. It does not show that the "
+        "log was not rewritten by who holds its key: for that, give a later one that was kept "
+        "elsewhere (--checkpoint)."
         for report in reports
-        if report.agreed_outside < report.size
+        if report.agreed_outside < report.size and not report.findings
     ]
     return Verdict(reports=reports, notices=notices)
+
+
+def _from(index: int) -> str:
+    return f"from record {index:,} on (counted from 0), " if index else ""
+
+
+def _is_csv(file: Path) -> bool:
+    """Say whether a file begins with a quote: of all that is exported or archived only CSV does."""
+    with file.open("rb") as opened:
+        return opened.read(1) == b'"'
 
 
 def _verify_archive(file: Path, pinned: Pinned) -> list[LogReport]:
@@ -341,16 +360,23 @@ def _with(report: LogReport, more: Sequence[Finding]) -> LogReport:
 
 
 def _pinned_keys(given: Sequence[str]) -> dict[str, NoteVerifier]:
-    """Read verifier keys, or files with one a line."""
+    """Read verifier keys, or files with some, among whatever `privyseal migrate` says beside."""
     verifiers: dict[str, NoteVerifier] = {}
     for value in given:
         path = Path(value)
-        lines = path.read_text().split() if "+" not in value and path.is_file() else value.split()
-        for line in lines:
+        is_file = "+" not in value and path.is_file()
+        text = path.read_text(errors="replace") if is_file else value
+        # No word of a sentence has a plus.
+        found = [word for word in text.split() if "+" in word]
+        if not found:
+            place = f"{path} has no" if is_file else f"there is no file {path}, and it is no"
+            raise click.BadParameter(f"{place} verifier key ({_VKEY}).", param_hint="--key")
+        for word in found:
             try:
-                verifier = NoteVerifier.parse(line)
+                verifier = NoteVerifier.parse(word)
             except NoteRefused as refused:
-                raise click.BadParameter(f"{refused}.", param_hint="--key") from None
+                place = f"{path}: " if is_file else ""
+                raise click.BadParameter(f"{place}{refused}.", param_hint="--key") from None
             verifiers[verifier.name] = verifier
     return verifiers
 

@@ -54,7 +54,7 @@ credentials.add_command(leaked)
 )
 @json_option
 def create(service_user: str, label: str, expires_at: str | None, as_json: bool) -> None:
-    """Create a credential and print its secret, which is shown this once.
+    """Create a credential and print its secret, this once.
 
     \b
     Examples:
@@ -83,9 +83,10 @@ def create(service_user: str, label: str, expires_at: str | None, as_json: bool)
 )
 @json_option
 def hand_over(service_user: str, label: str, expires_at: str | None, as_json: bool) -> None:
-    """Create a credential and print a link to its secret, for whoever shall hold it.
+    """Create a credential and print a link to its secret.
 
-    The secret is made when they open the link, once and within 24 hours: nobody else ever sees it.
+    The secret is made when whoever shall hold it opens the link, once and within 24 hours: nobody
+    else ever sees it.
     """
     with authority() as api:
         path = f"/service-users/{api.service_user_id(service_user)}/hand-overs"
@@ -102,7 +103,10 @@ def hand_over(service_user: str, label: str, expires_at: str | None, as_json: bo
 @service_user_argument
 @json_option
 def list_(service_user: str, as_json: bool) -> None:
-    """List the credentials of a service user, the newest first, those that ended included."""
+    """List the credentials of a service user, the newest first.
+
+    Those that ended are among them.
+    """
     with authority() as api:
         path = f"/service-users/{api.service_user_id(service_user)}/credentials"
         held = api.get_list(path, "credentials")
@@ -123,9 +127,10 @@ def list_(service_user: str, as_json: bool) -> None:
 @yes_option
 @json_option
 def revoke(service_user: str, credential_id: str, yes: bool, as_json: bool) -> None:
-    """End a credential for good: from the answer on, no process issues a token for it.
+    """End a credential for good. Asks first.
 
-    Tokens that it got already are accepted until they end; the answer says when. Asks first.
+    From the answer on, no process issues a token for it. Tokens that it got already are accepted
+    until they end; the answer says when.
     """
     with authority() as api:
         path = f"/service-users/{api.service_user_id(service_user)}/credentials"
@@ -154,11 +159,12 @@ def confirm_(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Confirm held credentials: of a service user, one of them, or all. Asks first.
+    """Confirm held credentials. Asks first.
 
-    After a restore of the database every credential is held: it gets no token until somebody
-    confirms it. Nobody can tell which were revoked after the backup: confirm only what you know to
-    be good, and revoke what you do not.
+    Those of a service user, one of them, or with --all those of every service user. After a restore
+    of the database every credential is held: it gets no token until somebody confirms it. Nobody
+    can tell which were revoked after the backup: confirm only what you know to be good, and revoke
+    what you do not.
 
     \b
     Examples:

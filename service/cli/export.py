@@ -59,7 +59,7 @@ def _size(_: click.Context, __: click.Parameter, checkpoint: Path | None) -> str
 def export(
     format_: str, output: Path | None, checkpoint_size: str | None, **filters: str | None
 ) -> None:
-    """Export the audit records that meet every filter, the oldest first.
+    """Export the records that meet every filter, the oldest first.
 
     All that is on record when it begins, however many they are; the export itself is on record.
 
@@ -98,7 +98,8 @@ def export(
             if output is None:
                 raise
             raise click.ClickException(f"{output} cannot be written: {error.strerror}.") from None
-    click.echo(f"{progress.records} records exported.", err=True)
+    things = "record" if progress.records == 1 else "records"
+    click.echo(f"{progress.records} {things} exported.", err=True)
 
 
 class _Progress:

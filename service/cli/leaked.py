@@ -48,11 +48,12 @@ _LONGEST: Final = 108
 @yes_option
 @json_option
 def leaked(since: str, dry_run: bool, yes: bool, as_json: bool) -> None:
-    """Revoke the credentials whose secrets stand in a text, and show what was done with them.
+    """Revoke the credentials whose secrets stand in a text.
 
-    Reads standard input: secrets, a log, a diff, a chat, of any size and in any shape. Whatever has
-    the form and the checksum of a secret is looked up by its digest; the secret itself is sent to
-    nobody, and only its first characters are shown. Headers with HTTP Basic are read, too.
+    Shows what was done with them. Reads standard input: secrets, a log, a diff, a chat, of any size
+    and in any shape. Whatever has the form and the checksum of a secret is looked up by its digest;
+    the secret itself is sent to nobody, and only its first characters are shown. Headers with HTTP
+    Basic are read, too.
 
     Shows of each credential whose it is, whom to call, the live tokens, and every address and call
     since --since; for these it takes audit:read. Asks before it revokes, and never revokes the

@@ -47,7 +47,7 @@ _OPTIONS: Final = (
         "--jti",
         type=click.UUID,
         callback=_text,
-        help="The id of a token: its issuance, and the calls made with it.",
+        help="The id of a token: its issuance, and the calls made with it; or of one record.",
     ),
     click.option("--kid", help="With which signing key, or on which."),
     click.option("--client-address", metavar="IP", help="From where."),

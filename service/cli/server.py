@@ -199,11 +199,12 @@ def restore() -> None:
 @click.option("--reason", required=True, help="Why: 3 to 200 characters; it goes on record.")
 @click.option("--yes", is_flag=True, help="Do not ask first.")
 def accept(reason: str, yes: bool) -> None:
-    """Go on with this database, although its audit log does not extend what was signed.
+    """Go on with this database, although records are missing.
 
-    For when the right one cannot be had any more: what was decided after the backup is lost with
-    it, revocations too. So every signing key is revoked, every credential is held until an operator
-    confirms it, and the audit log goes on under another name. Asks first.
+    Its audit log does not extend what was signed. For when the right one cannot be had any more:
+    what was decided after the backup is lost with it, revocations too. So every signing key is
+    revoked, every credential is held until an operator confirms it, and the audit log goes on under
+    another name. Asks first.
 
     PRIVYSEAL_DATABASE_URL names the owner of the schema (privyseal_owner); PRIVYSEAL_KEK_FILE,
     PRIVYSEAL_CHECKPOINT_DIR and PRIVYSEAL_KEY_CUSTODY are as the servers have them.

@@ -161,9 +161,10 @@ def change(
 @yes_option
 @json_option
 def disable(service_user: str, yes: bool, as_json: bool) -> None:
-    """Stop a service user: from the answer on, no process issues it a token.
+    """Stop a service user. Asks first.
 
-    Tokens that it has already are accepted until they end; the answer says when. Asks first.
+    From the answer on, no process issues it a token. Tokens that it has already are accepted until
+    they end; the answer says when.
     """
     with authority() as api:
         path = f"/service-users/{api.service_user_id(service_user)}"
@@ -177,7 +178,10 @@ def disable(service_user: str, yes: bool, as_json: bool) -> None:
 @service_user_argument
 @json_option
 def enable(service_user: str, as_json: bool) -> None:
-    """Let a disabled service user get tokens again, with those credentials that still live."""
+    """Let a disabled service user get tokens again.
+
+    It gets them with those of its credentials that still live.
+    """
     with authority() as api:
         path = f"/service-users/{api.service_user_id(service_user)}"
         user = api.post(f"{path}/enable", repeatable=True)

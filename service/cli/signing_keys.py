@@ -28,6 +28,9 @@ _KID_MAY_BEGIN_WITH_A_DASH: Final = {
 def _kid(ctx: click.Context, _: click.Parameter, value: str | None) -> str | None:
     if value is None or _KID.fullmatch(value):
         return value
+    if value == "-h":
+        click.echo(ctx.get_help())
+        ctx.exit()
     if value.startswith("-"):
         raise click.NoSuchOption(value, ctx=ctx)
     raise click.BadParameter(
@@ -52,13 +55,17 @@ reason_option = click.option(
 
 @click.group()
 def keys() -> None:
-    """The signing keys that verifiers accept: the next one, the one that signs, those that did."""
+    """Look at the signing keys, rotate and revoke them.
+
+    Verifiers accept the next one, the one that signs, and those that did until their last token
+    has ended.
+    """
 
 
 @keys.command("list")
 @json_option
 def list_(as_json: bool) -> None:
-    """List the published signing keys, in the order of their publication."""
+    """List the published signing keys, the oldest first."""
     with authority() as api:
         found = api.get_list("/signing-keys", "signing_keys")
     if as_json:
@@ -70,8 +77,15 @@ def list_(as_json: bool) -> None:
         wide=("may_sign_from", "publish_until"),
         nothing="No signing key is published yet.",
     )
-    following = next((key for key in found if key["verifiers"] is not None), None)
-    if following is not None and following["verifiers"]:
+    by_state = {key["state"]: key for key in found}
+    signing, following = by_state.get("active"), by_state.get("pending")
+    if signing and following and signing["rotation_asked_at"]:
+        asked_at, ripe_at = moment(signing["rotation_asked_at"]), moment(following["may_sign_from"])
+        _explain(
+            f"A rotation was asked for at {asked_at}: the next key signs within seconds of "
+            f"{max(asked_at, ripe_at)}, by itself."
+        )
+    if following and following["verifiers"]:
         _print_missing(following["verifiers"])
 
 
@@ -101,18 +115,20 @@ def show(kid: str, as_json: bool) -> None:
 @reason_option
 @json_option
 def rotate(reason: str, as_json: bool) -> None:
-    """Let the next key sign now, or as soon as it was published long enough.
+    """Let the next key sign before it is due.
 
-    No verifier notices: the next key is published already. The answer says when it may sign, and
-    it does so then by itself.
+    It does so by itself as soon as it was published long enough, so that no verifier notices; the
+    answer says when that is.
     """
     with authority() as api:
         rotation = api.post("/signing-keys/rotate", {"reason": reason})
     if as_json:
         print_json(rotation)
         return
-    missing = rotation.pop("missing")
+    missing, asked_before_at = rotation.pop("missing"), rotation.pop("asked_before_at")
     print_fields(rotation)
+    if asked_before_at:
+        _explain(f"It was asked for already, at {moment(asked_before_at)}: that was enough.")
     if missing:
         _explain("It does not wait for these verifiers, which had not loaded the next key:")
         click.echo()

@@ -50,10 +50,11 @@ def tail(
     from_start: bool,
     **filters: str | None,
 ) -> None:
-    """Print audit records as they come on record, each once and in the order of their commits.
+    """Print audit records as they come on record, each once.
 
-    Begins where the cursor file says, else now (--from-start: with the oldest record). Without -f
-    it ends when all that is on record was printed. While the authority is away -f waits for it.
+    They come in the order of their commits. Begins where the cursor file says, else now
+    (--from-start: with the oldest record). Without -f it ends when all that is on record was
+    printed. While the authority is away -f waits for it.
 
     A record is noted in the cursor file after it was printed and flushed. So SIGTERM and SIGINT
     lose nothing and repeat nothing; after SIGKILL, or if the reader of a pipe dies, nothing is

@@ -34,7 +34,7 @@ def tokens() -> None:
 @resource_option
 @json_option
 def mint(service_user: str, scopes: list[str], resource: str | None, as_json: bool) -> None:
-    """Mint one token of a service user without its credential, and print it.
+    """Mint and print a token of a service user, without its credential.
 
     It is on record with your name, and the token itself carries your id (act.sub).
 

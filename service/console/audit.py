@@ -49,8 +49,8 @@ class AuditController(Controller):
         self,
         request: AnyRequest,
         operator: NamedDependency[Operator],
-        reading: NamedDependency[SkipValidation[AuditReading]],
-        clock: NamedDependency[SkipValidation[Clock]],
+        reading: NamedDependency[AuditReading],
+        clock: NamedDependency[Clock],
     ) -> Response[Any]:
         """Show the newest records that meet the filters, or those before a cursor."""
         query = _query(request, operator, clock)
@@ -76,7 +76,7 @@ class AuditController(Controller):
         request: AnyRequest,
         record_id: FromPath[UUID],
         operator: NamedDependency[Operator],
-        reading: NamedDependency[SkipValidation[AuditReading]],
+        reading: NamedDependency[AuditReading],
     ) -> Response[Any]:
         """Show one record, the story of its token, and whether it is where the log says."""
         record = await reading.record(operator, record_id)
@@ -103,8 +103,8 @@ class AuditController(Controller):
         self,
         request: AnyRequest,
         operator: NamedDependency[Operator],
-        reading: NamedDependency[SkipValidation[AuditReading]],
-        clock: NamedDependency[SkipValidation[Clock]],
+        reading: NamedDependency[AuditReading],
+        clock: NamedDependency[Clock],
     ) -> Response[Any]:
         """Show the log as it grows: the newest records, or what came beyond a cursor."""
         query = _query(request, operator, clock)
@@ -121,8 +121,8 @@ class AuditController(Controller):
         self,
         request: AnyRequest,
         operator: NamedDependency[Operator],
-        reading: NamedDependency[SkipValidation[AuditReading]],
-        clock: NamedDependency[SkipValidation[Clock]],
+        reading: NamedDependency[AuditReading],
+        clock: NamedDependency[Clock],
     ) -> Response[Any]:
         """Return the rows beyond a cursor, for a page that stays open."""
         query = _query(request, operator, clock)
@@ -146,7 +146,7 @@ class AuditController(Controller):
         operator: NamedDependency[Operator],
         exports: NamedDependency[Exports],
         export_stream: NamedDependency[SkipValidation[ExportStream]],
-        clock: NamedDependency[SkipValidation[Clock]],
+        clock: NamedDependency[Clock],
         format: FromQuery[Literal["ndjson", "csv"]],
     ) -> Download:
         """Stream what meets the filters as a file; that it was taken out is on record."""
@@ -156,7 +156,8 @@ class AuditController(Controller):
         pages = exports.pages(
             operator, query.wanted, format, origin_of(request.scope), proven=format == "ndjson"
         )
-        return Download(request, export_stream(pages, format))
+        moment = datetime.fromtimestamp(clock(), UTC).strftime("%Y-%m-%dT%H%M%SZ")
+        return Download(request, export_stream(pages, format), f"audit-records-{moment}.{format}")
 
 
 def _query(request: AnyRequest, operator: Operator, clock: Clock) -> Query:

@@ -3,6 +3,7 @@
 Holds no rule: each act is the API's own. What a revocation breaks is asked before it.
 """
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
@@ -15,9 +16,17 @@ from service.authority.administration import Administration, NewCredential
 from service.authority.audit import Action
 from service.authority.confirmation import Confirmations
 from service.authority.errors import Conflict, Invalid, NotFound
-from service.authority.model import AdminScope, Clock, ReasonText
+from service.authority.model import (
+    CREDENTIAL_ID,
+    AdminScope,
+    Clock,
+    ReasonText,
+    ServiceUser,
+    new_id,
+)
 from service.authority.operators import Operator
 from service.authority.usage import CredentialUse, ServiceUserUse, Usage
+from service.console.forms import Form
 from service.console.gate import form_of
 from service.console.page import AnyRequest, page, redirect
 from service.console.samples import Installation
@@ -29,12 +38,14 @@ from service.console.service_users import (
     beside,
 )
 from service.http.context import note, origin_of
+from service.http.errors import Refused
 
 LIFETIMES: Final[Mapping[str, str]] = {
     "30": "30 days",
     "90": "90 days",
     "365": "a year",
 }
+"""How long a credential lives, in days: what a form offers."""
 
 
 class CredentialController(Controller):
@@ -60,7 +71,8 @@ class CredentialController(Controller):
             typed={"label": "", "lifetime": "365", "until": ""},
             wrong={},
             problem="",
-            **_choices(clock()),
+            first_day=_tomorrow(clock()),
+            **await choices(operator, administration, service_user_id, clock()),
         )
 
     @post("/new", opt={"action": Action.CREDENTIAL_CREATE}, status_code=HTTPStatus.OK)
@@ -93,9 +105,15 @@ class CredentialController(Controller):
             new = NewCredential(label=typed["label"], expires_at=expires_at)
             try:
                 credential, secret = await administration.create_credential(
-                    operator, service_user_id, new, origin_of(request.scope)
+                    operator,
+                    service_user_id,
+                    new,
+                    origin_of(request.scope),
+                    credential_id=id_of(form),
                 )
             except (Invalid, Conflict) as error:
+                if error.pointer == "/id":
+                    return made_already(request, user)
                 wrong, problem, status = beside(request, error)
             else:
                 return page(
@@ -115,7 +133,8 @@ class CredentialController(Controller):
             typed=typed,
             wrong=wrong,
             problem=problem,
-            **_choices(clock()),
+            first_day=_tomorrow(clock()),
+            **await choices(operator, administration, service_user_id, clock()),
         )
 
     @get("/{credential_id:str}/revoke", opt={"action": Action.CREDENTIAL_LIST})
@@ -217,9 +236,44 @@ class CredentialController(Controller):
         return redirect(request, f"{PATH}/{service_user_id}?done=confirmed")
 
 
-def _choices(now: float) -> dict[str, Any]:
-    tomorrow = datetime.fromtimestamp(now, UTC) + timedelta(days=1)
-    return {"lifetimes": LIFETIMES, "first_day": tomorrow.date().isoformat()}
+async def choices(
+    operator: Operator, administration: Administration, service_user_id: str, now: float
+) -> dict[str, Any]:
+    """Return what each form for a new credential is made with: how long it may live, the labels
+    that are taken, and the id that it will have."""
+    held = await administration.credentials(operator, service_user_id)
+    return {
+        "lifetimes": LIFETIMES,
+        "taken": sorted({each.label for each in held if not each.has_ended(now)}),
+        "credential_id": new_id("cr"),
+    }
+
+
+def id_of(form: Form) -> str | None:
+    """Return the id that a form brings along: it makes one credential, however often it is sent.
+
+    None, and a new id each time, for a form without one.
+    """
+    offered = form.text("credential_id")
+    if offered and not re.fullmatch(CREDENTIAL_ID, offered):
+        raise Refused(HTTPStatus.BAD_REQUEST, "This form was not made here. Open it again.")
+    return offered or None
+
+
+def made_already(request: AnyRequest, user: ServiceUser) -> Response[Any]:
+    """Say that this form was sent before, as a page does that is loaded again."""
+    note(request.scope, refused=Conflict.reason)
+    return page(
+        request,
+        "service_users/made_already.html",
+        status=HTTPStatus.CONFLICT,
+        user=user,
+        credential_id=id_of(form_of(request)),
+    )
+
+
+def _tomorrow(now: float) -> str:
+    return (datetime.fromtimestamp(now, UTC) + timedelta(days=1)).date().isoformat()
 
 
 def _expiry(typed: Mapping[str, str], now: float) -> datetime | None:

@@ -19,7 +19,7 @@ KEPT: Final = "kept:"
 BODY_DEADLINE: Final = 10.0
 MAX_FIELDS: Final = 200
 _NEVER_SHOWN: Final = frozenset({CSRF, "client_secret", "code", "secrets"})
-NOT_TYPED: Final = frozenset({"base", "signing"})
+NOT_TYPED: Final = frozenset({"base", "signing", "credential_id"})
 """What a page put into its form for itself: sent once more with it, and nothing to look at."""
 _CONTROL: Final = re.compile(r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f]")
 

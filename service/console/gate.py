@@ -11,6 +11,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from litestar import HttpMethod, Response
+from litestar.exceptions import NotFoundException
 
 from service.authority.errors import StoreUnavailable, TemporarilyUnavailable, Unauthenticated
 from service.authority.model import Clock
@@ -49,6 +50,9 @@ def gate(
 
     async def let_in(request: AnyRequest) -> Response[Any] | None:
         note(request.scope, now=clock(), portal=portal)
+        # The `$` in the form of an id lets a line end pass, and no header may hold one.
+        if not request.scope["path"].isprintable():
+            raise NotFoundException
         is_form = request.method == HttpMethod.POST
         # A browser sends it with every form, and no other site can choose it (Fetch §3.1).
         if is_form and request.headers.get("origin") != issuer:

@@ -5,7 +5,7 @@ Holds no rule, and sees a code only in the form that brings it: in no address, a
 
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any
 
 from litestar import Controller, Response, get, post
 from litestar.di import NamedDependency
@@ -17,6 +17,7 @@ from service.authority.errors import Conflict, Invalid, NotFound
 from service.authority.hand_over import HandOvers
 from service.authority.model import AdminScope, Clock
 from service.authority.operators import Operator
+from service.console.credentials import LIFETIMES, choices, id_of, made_already
 from service.console.forms import Form
 from service.console.gate import PUBLIC, form_of
 from service.console.page import AnyRequest, page
@@ -24,9 +25,7 @@ from service.console.samples import Installation
 from service.console.service_user_form import checked, one_line
 from service.console.service_users import ServiceUserIdInPath
 from service.http.context import note, origin_of
-
-LIFETIMES: Final = {"30": "30 days", "90": "90 days", "365": "a year"}
-"""How long the credential of a hand-over lives, in days: what a form offers."""
+from service.http.errors import status_of
 
 
 class HandOverController(Controller):
@@ -41,10 +40,11 @@ class HandOverController(Controller):
         request: AnyRequest,
         operator: NamedDependency[Operator],
         administration: NamedDependency[Administration],
+        clock: NamedDependency[Clock],
     ) -> Response[Any]:
         """Ask what the credential shall be called, and how long it lives."""
         operator.require(AdminScope.SERVICE_USERS_WRITE)
-        return await _asked(request, operator, administration, service_user_id)
+        return await _asked(request, operator, administration, service_user_id, clock())
 
     @post("/", status_code=HTTPStatus.OK, opt={"action": Action.CREDENTIAL_HAND_OVER})
     async def offer(
@@ -56,18 +56,26 @@ class HandOverController(Controller):
         clock: NamedDependency[Clock],
     ) -> Response[Any]:
         """Make the link, and show it this once."""
+        form = form_of(request)
+        user = await administration.read(operator, service_user_id)
         try:
-            new = _new_credential(form_of(request), clock())
+            new = _new_credential(form, clock())
             offered = await administration.hand_over(
-                operator, service_user_id, new, origin_of(request.scope)
+                operator,
+                service_user_id,
+                new,
+                origin_of(request.scope),
+                credential_id=id_of(form),
             )
         except (Invalid, Conflict) as error:
+            if error.pointer == "/id":
+                return made_already(request, user)
             note(request.scope, refused=error.reason)
-            return await _asked(request, operator, administration, service_user_id, error)
+            return await _asked(request, operator, administration, service_user_id, clock(), error)
         return page(
             request,
             "hand_over/offered.html",
-            user=await administration.read(operator, service_user_id),
+            user=user,
             credential=offered.credential,
             link=offered.link.reveal(),
         )
@@ -84,7 +92,7 @@ class OpeningController(Controller):
 
         Nothing is opened by looking, so a preview of the link takes nothing away.
         """
-        return page(request, "hand_over/open.html", error="")
+        return page(request, "hand_over/open.html", error="", is_dead=False)
 
     # No CSRF token: there is no session that another site could misuse, and whoever could send
     # the code from elsewhere has it, and could open it here.
@@ -109,8 +117,9 @@ class OpeningController(Controller):
             return page(
                 request,
                 "hand_over/open.html",
-                status=HTTPStatus.CONFLICT if isinstance(error, Conflict) else HTTPStatus.NOT_FOUND,
+                status=status_of(error),
                 error=error.detail,
+                is_dead=isinstance(error, Conflict),
             )
         return page(
             request,
@@ -138,16 +147,16 @@ async def _asked(
     operator: Operator,
     administration: Administration,
     service_user_id: str,
+    now: float,
     error: Invalid | Conflict | None = None,
 ) -> Response[Any]:
-    statuses = {Invalid: HTTPStatus.UNPROCESSABLE_ENTITY, Conflict: HTTPStatus.CONFLICT}
     return page(
         request,
         "hand_over/offer.html",
-        status=statuses[type(error)] if error else HTTPStatus.OK,
+        status=status_of(error) if error else HTTPStatus.OK,
         user=await administration.read(operator, service_user_id),
-        lifetimes=LIFETIMES,
         form=form_of(request),
         wrong=error.pointer.removeprefix("/") if isinstance(error, Invalid) else "",
         error=error.detail if error else "",
+        **await choices(operator, administration, service_user_id, now),
     )

@@ -1,6 +1,7 @@
 """`/console`: what needs a person now, and nothing that does not."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 from litestar import Controller, Response, get
 from litestar.di import NamedDependency
@@ -12,6 +13,35 @@ from service.console.gate import session_of
 from service.console.own import own_home
 from service.console.page import AnyRequest, page
 from service.console.samples import Installation
+
+MEANINGS: Final[Mapping[str, str]] = {
+    "unknown_client": "No service user has this client id.",
+    "wrong_secret": "The client id is known, and the secret is none of its own.",
+    "revoked_credential": "A credential that was revoked is still in use somewhere.",
+    "credential_expired": "A credential that ended is still in use: its holder needs a new one.",
+    "credential_held": "The credential waits for its confirmation since a restore.",
+    "service_user_disabled": "The service user is disabled, and something still calls as it.",
+    "no_client_authentication": "No client id and secret came with the exchange.",
+    "unsupported_client_authentication": "The exchange came with another proof than a secret.",
+    "unsupported_grant_type": "Only the grant client_credentials is known here.",
+    "invalid_request": "The exchange lacks something, or says it twice.",
+    "invalid_scope": "The exchange asked for a scope that the service user does not have.",
+    "invalid_target": "The exchange asked for an audience that the service user does not have.",
+    "invalid_token": "The token had ended, or is none of ours.",
+    "insufficient_scope": "Somebody tried what their scopes do not allow.",
+    "nothing_granted": "A person signed in to whom the portal grants nothing here.",
+    "hand_over_opened": "A link was opened that had been opened before.",
+    "hand_over_lapsed": "A link was opened after its time.",
+    "unknown_code": "A link was opened that nobody handed over.",
+    "invalid": "A field did not have its form.",
+    "not_found": "It was asked for something that is not there.",
+    "conflict": "It contradicts what is there, such as a name that is taken.",
+    "precondition_failed": "Somebody else had changed it meanwhile.",
+    "too_many": "Too many of them at once.",
+}
+"""What the usual reasons of a refusal mean."""
+MISTAKES: Final = ("invalid", "not_found", "conflict", "precondition_failed", "too_many")
+"""Reasons that an operator meets at work: they say nothing of who may do what."""
 
 
 class HomeController(Controller):
@@ -31,4 +61,13 @@ class HomeController(Controller):
         if not session.is_operator:
             return await own_home(request, session, own_credentials, installation, clock())
         attention = await watch.look(session.operator)
-        return page(request, "home.html", attention=attention, named=NAMED)
+        refusals = attention.log.refusals if attention.log else ()
+        return page(
+            request,
+            "home.html",
+            attention=attention,
+            named=NAMED,
+            refused=[each for each in refusals if each.reason not in MISTAKES],
+            mistakes=[each for each in refusals if each.reason in MISTAKES],
+            meanings=MEANINGS,
+        )

@@ -13,12 +13,15 @@ import httpx
 from msgspec import Struct
 
 from keys.secret import Secret
+from service.console.page import visible
 from service.console.samples import DEPARTMENT_HEADER, Upload
 
 DEADLINE: Final = 15.0
 """Seconds for everything."""
 CONNECT_DEADLINE: Final = 5.0
 MAX_ANSWER: Final = 65_536
+MAX_TRIES: Final = 8
+"""At a time and process: each holds a connection for as long as the service takes."""
 """Bytes of an answer that are read."""
 # The smallest that a reader opens: one page with nothing on it.
 DOCUMENT: Final = b"""%PDF-1.4
@@ -63,16 +66,26 @@ class IngestClient:
 
     def __init__(self, url: str | None) -> None:
         self._url = url
+        self._under_way = 0
 
     async def upload(self, upload: Upload, token: Secret) -> Answer:
         """Return what the service answered; raise Unreachable when there is none in time."""
         if self._url is None:
             raise Unreachable("No address of an ingest service is set.")
+        if self._under_way >= MAX_TRIES:
+            raise Unreachable(f"{MAX_TRIES} tries are under way here. Try again after one of them.")
+        self._under_way += 1
+        try:
+            return await self._sent(self._url, upload, token)
+        finally:
+            self._under_way -= 1
+
+    async def _sent(self, url: str, upload: Upload, token: Secret) -> Answer:
         try:
             async with asyncio.timeout(DEADLINE), self._client() as client:
                 request = client.build_request(
                     "POST",
-                    self._url,
+                    url,
                     headers={
                         "Authorization": f"Bearer {token.reveal()}",
                         DEPARTMENT_HEADER: upload.department,
@@ -87,16 +100,16 @@ class IngestClient:
                     await answer.aclose()
         except httpx.ConnectError as error:
             raise Unreachable(
-                f"Nothing could be reached at {self._url} ({_cause(error)}). Does the ingest "
+                f"Nothing could be reached at {url} ({_cause(error)}). Does the ingest "
                 "service run, and is the address right?"
             ) from None
         except (TimeoutError, httpx.TimeoutException):
             raise Unreachable(
-                f"{self._url} gave no answer within {DEADLINE:.0f} s. Look at the ingest service."
+                f"{url} gave no answer within {DEADLINE:.0f} s. Look at the ingest service."
             ) from None
         except httpx.HTTPError as error:
             raise Unreachable(
-                f"The connection to {self._url} broke ({type(error).__name__}). Look at the "
+                f"The connection to {url} broke ({type(error).__name__}). Look at the "
                 "ingest service."
             ) from None
 
@@ -105,6 +118,8 @@ class IngestClient:
         return httpx.AsyncClient(
             follow_redirects=False,
             timeout=httpx.Timeout(DEADLINE, connect=CONNECT_DEADLINE),
+            # Unpacked by nobody here, so that it cannot grow.
+            headers={"Accept-Encoding": "identity"},
             # The token goes to that address alone: no proxy of the environment stands in between.
             trust_env=False,
             # As OpenSSL finds them here, those of an own authority included (SSL_CERT_FILE).
@@ -114,7 +129,7 @@ class IngestClient:
 
 async def _at_most(size: int, answer: httpx.Response) -> bytes:
     received = b""
-    async for piece in answer.aiter_bytes():
+    async for piece in answer.aiter_raw():
         received += piece
         if len(received) >= size:
             break
@@ -128,15 +143,7 @@ def _read(status: int, content: bytes) -> Answer:
         body = json.dumps(json.loads(text), indent=2, ensure_ascii=False)
     except (ValueError, RecursionError):
         body = text
-    return Answer(status=status, body=_visible(body), cut=cut)
-
-
-def _visible(text: str) -> str:
-    """Spell out what would steer the page instead of being seen on it; lines stay lines."""
-    return "".join(
-        character if character.isprintable() or character in "\n\t" else ascii(character)[1:-1]
-        for character in text
-    )
+    return Answer(status=status, body=visible(body, kept="\n\t"), cut=cut)
 
 
 def _cause(error: BaseException) -> str:

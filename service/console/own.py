@@ -14,9 +14,8 @@ from service.authority.audit import Action
 from service.authority.errors import Conflict
 from service.authority.model import Clock, Credential, Label
 from service.authority.operators import Operator
-from service.authority.own_credentials import OVERLAP, OwnCredentials
+from service.authority.own_credentials import OVERLAP, OwnCredentials, successor_of
 from service.authority.sessions import Session
-from service.authority.usage import ENDING_SOON
 from service.console.gate import form_of
 from service.console.page import AnyRequest, page
 from service.console.samples import Installation
@@ -39,13 +38,17 @@ class OwnController(Controller):
     ) -> Response[Any]:
         """Show who is signed in, and its credentials with their last use."""
         credentials = await own_credentials.credentials(operator)
+        own = _own(operator, credentials)
         return page(
             request,
             "own/me.html",
             user=operator.service_user,
-            credentials=[(held, held.state(clock())) for held in credentials],
-            own=_own(operator, credentials),
-            soon=clock() + ENDING_SOON.total_seconds(),
+            credentials=[
+                (held, held.state(clock()), held.ends_soon(clock())) for held in credentials
+            ],
+            own=own,
+            successor=own and successor_of(own, credentials),
+            labels={held.id: held.label for held in credentials},
         )
 
     @get("/rotate", opt={"action": Action.CREDENTIAL_ROTATE})
@@ -111,8 +114,7 @@ async def own_home(
         user=session.service_user,
         own=own,
         token_url=installation.token_url,
-        ends_soon=own is not None
-        and own.expires_at.timestamp() < now + ENDING_SOON.total_seconds(),
+        ends_soon=own is not None and own.ends_soon(now),
     )
 
 

@@ -108,20 +108,23 @@ def page(
 
 
 class Download:
-    """An answer that is no page, under the headers of the console where it has none of its own."""
+    """A file instead of a page, under the headers of the console where it has none of its own."""
 
-    def __init__(self, request: AnyRequest, answer: ASGIApp) -> None:
+    def __init__(self, request: AnyRequest, answer: ASGIApp, file_name: str) -> None:
+        named = {"Content-Disposition": f'attachment; filename="{file_name}"'}
         self._headers = {
-            name.lower().encode(): value.encode() for name, value in _headers(request, None).items()
+            name.lower().encode(): value.encode()
+            for name, value in _headers(request, named).items()
         }
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own = {name for name, _ in message["headers"]}
-                further = [header for header in self._headers.items() if header[0] not in own]
-                message["headers"] = [*message["headers"], *further]
+                own = [each for each in message["headers"] if each[0] != b"content-disposition"]
+                names = {name for name, _ in own}
+                further = [header for header in self._headers.items() if header[0] not in names]
+                message["headers"] = [*own, *further]
             await send(message)
 
         await self._answer(scope, receive, send_with_headers)
@@ -178,7 +181,8 @@ def _span(context: Context, at: datetime | float | None, otherwise: str = "never
     seconds = (at.timestamp() if isinstance(at, datetime) else at) - context["now"]
     for size, unit in ((86_400, "days"), (3600, "h"), (60, "min"), (1, "s")):
         if abs(seconds) >= 2 * size or size == 1:
-            amount = f"{abs(seconds) // size:.0f} {unit}"
+            # What was just given a year ends in 365 days, and not in 364.
+            amount = f"{-seconds // size if seconds < 0 else seconds / size:.0f} {unit}"
             break
     else:
         raise AssertionError("some unit always fits")
@@ -189,11 +193,12 @@ def _span(context: Context, at: datetime | float | None, otherwise: str = "never
     )
 
 
-def _visible(text: str) -> str:
+def visible(text: str, kept: str = "") -> str:
     """Spell out what would steer a page instead of being seen on it: control and bidi characters,
-    and all that nobody sees."""
+    and all that nobody sees; but for those that are `kept`."""
     return "".join(
-        character if character.isprintable() else ascii(character)[1:-1] for character in text
+        character if character.isprintable() or character in kept else ascii(character)[1:-1]
+        for character in text
     )
 
 
@@ -244,7 +249,7 @@ def _templates() -> Environment:
         "left": _left,
         "static": _address,
         "navigation": _navigation,
-        "visible": _visible,
+        "visible": visible,
     }
     return templates
 

@@ -310,7 +310,8 @@ class Provider:
             username=_text(claims, "preferred_username"),
             name=_text(claims, "name"),
             email=_text(claims, "email"),
-            scopes=tuple(scope for scope in listed if isinstance(scope, str)),
+            # RFC 6749 §3.3: ASCII.
+            scopes=tuple(scope for scope in listed if isinstance(scope, str) and scope.isascii()),
         )
 
     async def _read(self, age: float) -> _Known:
@@ -364,7 +365,11 @@ class Provider:
                     if len(body) > MAX_ANSWER:
                         raise self._unavailable(address, "the answer has no end")
                 return answer.status_code, bytes(body)
-        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+        # A port beyond 65,535 is an OverflowError, maybe in a group.
+        except (
+            *(httpx.HTTPError, httpx.InvalidURL, TimeoutError),
+            *(OverflowError, ExceptionGroup),
+        ) as error:
             raise self._unavailable(address, type(error).__name__) from None
 
     async def _in_time(self, step: Awaitable[T]) -> T:
@@ -392,4 +397,5 @@ class Provider:
 
 def _text(claims: Mapping[str, Any], name: str) -> str:
     value = claims.get(name)
-    return value if isinstance(value, str) else ""
+    # JSON may hold one half of a surrogate pair, which nothing that is kept here may.
+    return value.encode("utf-8", "ignore").decode() if isinstance(value, str) else ""

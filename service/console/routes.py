@@ -16,7 +16,7 @@ from service.console.gate import PUBLIC, operator_of
 from service.console.hand_over import HandOverController, OpeningController
 from service.console.home import HomeController
 from service.console.own import OwnController
-from service.console.page import ASSETS, HEADERS
+from service.console.page import ASSETS, HEADERS, HOME, AnyRequest, redirect
 from service.console.provider_sign_in import ProviderController
 from service.console.service_users import ApiKeyController
 from service.console.sign_in import SignInController
@@ -53,6 +53,14 @@ def console(let_in: Any, dependencies: Mapping[str, Provide]) -> Router:
         dependencies={"operator": Provide(operator_of), **dependencies},
         include_in_schema=False,
     )
+
+
+@get("/", include_in_schema=False)
+async def front_door(request: AnyRequest) -> Response[None]:
+    """Lead a browser to the console; programs find nothing here."""
+    if "text/html" not in request.headers.get("accept", ""):
+        raise NotFoundException
+    return redirect(request, HOME)
 
 
 @get("/static/{name:str}", opt={PUBLIC: True})

@@ -99,7 +99,7 @@ def exchange_command(at: Installation, user: ServiceUser) -> str:
 def upload_command(url: str, upload: Upload, token: Secret) -> str:
     """Return one upload for a shell, with a token that ends soon."""
     return _command(
-        f"curl -X POST {_quoted(url)}",
+        f"curl -sS -X POST {_quoted(url)}",
         f"-H {_quoted(f'Authorization: Bearer {token.reveal()}')}",
         f"-H {_quoted(f'{DEPARTMENT_HEADER}: {upload.department}')}",
         f"-F {_quoted(f'file=@{_form_path(upload.path)}')}",

@@ -16,7 +16,7 @@ from litestar.params import FromQuery, PathParameter
 
 from service.authority.administration import Administration
 from service.authority.audit import Action
-from service.authority.errors import AdminRefusal, Conflict, Invalid, PreconditionFailed
+from service.authority.errors import Conflict, Invalid, PreconditionFailed
 from service.authority.hand_over import HandOvers
 from service.authority.model import (
     CREDENTIAL_ID,
@@ -44,7 +44,7 @@ from service.console.service_user_form import (
     typed_as,
 )
 from service.http.context import note, origin_of
-from service.http.errors import Refused
+from service.http.errors import Refused, status_of
 
 PATH: Final = "/console/service-users"
 PAGE_SIZE: Final = 50
@@ -69,10 +69,6 @@ ADMIN_SCOPES: Final[Mapping[str, str]] = {
     AdminScope.SIGNING_KEYS_REVOKE: "revoke a signing key",
     AdminScope.AUDIT_READ: "read the audit log",
     AdminScope.AUDIT_REPORT: "report calls that were made with tokens, as a service does",
-}
-_STATUS: Final[Mapping[type[AdminRefusal], HTTPStatus]] = {
-    Invalid: HTTPStatus.UNPROCESSABLE_ENTITY,
-    Conflict: HTTPStatus.CONFLICT,
 }
 _END: Final = re.compile(r"([0-9]{1,12})\.([0-9]{6})\.(cr_[a-z2-7]{24})")
 
@@ -351,8 +347,8 @@ def beside(
     note(request.scope, refused=error.reason)
     field = error.pointer.strip("/")
     if field in FIELDS or field == "expires_at":
-        return {field: error.detail}, "", _STATUS[type(error)]
-    return {}, error.detail, _STATUS[type(error)]
+        return {field: error.detail}, "", status_of(error)
+    return {}, error.detail, status_of(error)
 
 
 def _all_wrong(request: AnyRequest, asked: object) -> tuple[Mapping[str, str], str, HTTPStatus]:

@@ -12,6 +12,7 @@ from litestar.di import NamedDependency
 from litestar.params import FromQuery
 
 from keys.secret import Secret
+from service.authority.audit import Action
 from service.authority.errors import OAuthError, Unauthenticated
 from service.authority.model import TokenRequest
 from service.authority.sessions import Sessions
@@ -48,7 +49,7 @@ class SignInController(Controller):
             return page(request, "sign_in.html", error=why, following=own_path(next), kept=[])
         return redirect(request, own_path(next))
 
-    @post("/sign-in", opt={PUBLIC: True}, status_code=HTTPStatus.OK)
+    @post("/sign-in", opt={PUBLIC: True, "action": Action.TOKEN_ISSUE}, status_code=HTTPStatus.OK)
     async def sign_in(
         self, request: AnyRequest, sessions: NamedDependency[Sessions]
     ) -> Response[Any]:
@@ -100,7 +101,7 @@ class SignInController(Controller):
         note(request.scope, session=session, operator=session.operator)
         return _go_on(request, following, kept)
 
-    @post("/session", opt={ANYBODY: True}, status_code=HTTPStatus.OK)
+    @post("/session", opt={ANYBODY: True, "action": Action.TOKEN_ISSUE}, status_code=HTTPStatus.OK)
     async def stay(self, request: AnyRequest, sessions: NamedDependency[Sessions]) -> Response[Any]:
         """Renew the session of a page that stays open; the answer is its new end."""
         if not sessions.is_due(session_of(request)):

@@ -3,7 +3,6 @@
 Shows no private half; decides nothing about a key.
 """
 
-from collections.abc import Mapping
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Annotated, Any, Final
@@ -34,6 +33,7 @@ from service.console.gate import form_of, renew
 from service.console.page import AnyRequest, page, redirect
 from service.console.timeline import Life, timeline
 from service.http.context import note, noted, origin_of
+from service.http.errors import status_of
 
 HERE: Final = "/console/signing-keys"
 ALL: Final = "revoke all"
@@ -42,12 +42,6 @@ SHORT: Final = 8
 MAX_VERIFIERS: Final = 50
 JUST_NOW: Final = 600.0
 """Seconds for which a key that began to sign is pointed out."""
-
-_STATUS: Final[Mapping[type[AdminRefusal], HTTPStatus]] = {
-    Invalid: HTTPStatus.UNPROCESSABLE_ENTITY,
-    Conflict: HTTPStatus.CONFLICT,
-    PreconditionFailed: HTTPStatus.PRECONDITION_FAILED,
-}
 
 # Litestar reads the constraints of a parameter from its own marker only.
 KidInPath = Annotated[str, PathParameter(pattern=KID)]
@@ -79,6 +73,7 @@ class SigningKeysController(Controller):
         watch: NamedDependency[Watch],
     ) -> Response[Any]:
         """Rotate as soon as the next key was published long enough; the page then says when."""
+        operator.require(AdminScope.SIGNING_KEYS_ROTATE)
         try:
             reason = _reason(request)
             await key_administration.rotate(operator, reason, origin_of(request.scope))
@@ -233,7 +228,7 @@ def _refused(request: AnyRequest, refusal: AdminRefusal | None) -> HTTPStatus:
     if refusal is None:
         return HTTPStatus.OK
     note(request.scope, refused=refusal.reason)
-    return _STATUS[type(refusal)]
+    return status_of(refusal)
 
 
 def _reason(request: AnyRequest) -> str:

@@ -23,7 +23,7 @@ _STEPS: Final = (
     *(hours * HOUR for hours in (1, 2, 3, 6, 12)),
     *(days * DAY for days in (1, 2, 7, 14, 28, 56, 112, 364)),
 )
-_LEAST: Final = 0.4
+_LEAST: Final = 1.2
 """Percent: what lasted an hour is seen beside what lasted a month."""
 _EDGE: Final = 8.0
 """Percent from either side within which no tick has room for its word."""

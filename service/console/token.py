@@ -3,25 +3,24 @@
 import json
 from base64 import urlsafe_b64decode
 from http import HTTPStatus
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 from litestar import Controller, Response, get, post
 from litestar.di import NamedDependency
-from litestar.params import FromQuery, PathParameter
+from litestar.params import FromQuery
 from msgspec import Struct
 
 from keys.secret import Secret
 from service.authority.audit import Action
 from service.authority.by_hand import TokensByHand
 from service.authority.errors import Forbidden, NotFound, OAuthError
-from service.authority.model import SERVICE_USER_ID, ServiceUser
+from service.authority.model import ServiceUser
 from service.console.forms import Form
 from service.console.gate import form_of, session_of
 from service.console.page import AnyRequest, page, redirect
+from service.console.service_users import ServiceUserIdInPath
 from service.http.context import origin_of
 from service.http.errors import admin_refusal, mint_refusal
-
-ServiceUserIdInPath = Annotated[str, PathParameter(pattern=SERVICE_USER_ID)]
 
 _PATH: Final = "/console/token"
 

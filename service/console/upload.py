@@ -29,7 +29,8 @@ from service.console.samples import (
     python_sample,
     upload_command,
 )
-from service.console.token import ServiceUserIdInPath, chosen, told
+from service.console.service_users import ServiceUserIdInPath
+from service.console.token import chosen, told
 from service.http.context import origin_of
 
 RECORD_PATIENCE: Final = 5.0

@@ -112,10 +112,15 @@ def problem(
     )
 
 
+def status_of(error: AdminRefusal) -> HTTPStatus:
+    """Return the status of a refusal, also where a page shows it beside the form."""
+    return error.status if isinstance(error, Refused) else _STATUS[type(error)]
+
+
 def admin_refusal(request: AnyRequest, error: AdminRefusal) -> Response[bytes]:
     """Answer a refusal of the admin API, with the challenge of RFC 6750 §3 where it has one."""
     note(request.scope, refused=error.reason)
-    status = error.status if isinstance(error, Refused) else _STATUS[type(error)]
+    status = status_of(error)
     members: dict[str, Any] = {}
     headers: dict[str, str] = {}
     if isinstance(error, Unauthenticated):

@@ -42,7 +42,8 @@ class LeakedCredential(Struct, frozen=True, kw_only=True):
     """A credential, whose it is and whom to call.
 
     `outcome` is `revoked` (by this call), `revoked_before`, or `kept`, and `detail` says why it had
-    to be; `live_tokens` are those that this cannot take back (null: unknown).
+    to be, and what it was rotated to; `live_tokens` are those that this cannot take back (null:
+    unknown).
     """
 
     secret_sha256: str

@@ -15,12 +15,12 @@ from keys.keyring import KeyState, SigningKey
 from service.authority.audit import Action
 from service.authority.evidence import VerifierInstance
 from service.authority.key_administration import KeyAdministration, Revocation, Rotation
-from service.authority.model import ReasonText
+from service.authority.model import KID, ReasonText
 from service.authority.operators import Operator
 from service.http.context import origin_of
 
 AnyRequest = Request[Any, Any, Any]
-KidInPath = Annotated[str, PathParameter(pattern="^[A-Za-z0-9_-]{43}$")]
+KidInPath = Annotated[str, PathParameter(pattern=KID)]
 
 
 class SigningKeyBody(Struct, frozen=True, kw_only=True):
@@ -33,6 +33,8 @@ class SigningKeyBody(Struct, frozen=True, kw_only=True):
     may_sign_from: datetime | None
     activated_at: datetime | None
     rotate_at: datetime | None
+    rotation_asked_at: datetime | None
+    """When an operator asked for the rotation away from this key."""
     publish_until: datetime | None
     verifiers: list[VerifierInstance] | None
     """Of the next key: the verifiers heard from in the last two hours, and whether they have it."""
@@ -117,6 +119,7 @@ def _shown(
         may_sign_from=may_sign_from,
         activated_at=_optional_datetime(key.activated_at),
         rotate_at=_optional_datetime(key.rotate_at),
+        rotation_asked_at=_optional_datetime(key.released_at),
         publish_until=_optional_datetime(key.publish_until),
         verifiers=verifiers if key.state is KeyState.PENDING else None,
     )

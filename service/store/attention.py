@@ -6,35 +6,8 @@ Decides nothing: `authority.attention` does.
 from collections.abc import Sequence
 from typing import Final
 
-from service.authority.attention import EndingCredential, Lately, LogHead, Refusals
+from service.authority.attention import Lately, LogHead, Refusals
 from service.store.database import Database
-
-# The last use, and what its service user has instead, are looked up for the few that end.
-SELECT_ENDING: Final = """
-WITH ending AS (
-    SELECT c.id, c.service_user_id, su.name, c.label, c.expires_at, c.archived_use_at
-      FROM credentials c JOIN service_users su ON su.id = c.service_user_id
-     WHERE c.revoked_at IS NULL AND c.held_at IS NULL
-       AND (c.code_ends_at IS NULL OR c.opened_at IS NOT NULL)
-       AND c.expires_at > statement_timestamp()
-       AND c.expires_at < statement_timestamp() + make_interval(secs => $1)
-       AND su.status = 'active'
-     ORDER BY c.expires_at LIMIT $2
-)
-SELECT e.service_user_id, e.name AS service_user, e.id AS credential_id, e.label, e.expires_at,
-       coalesce((SELECT r.recorded_at FROM audit_records r
-                  WHERE r.credential_id = e.id AND r.action = 'token.issue'
-                    AND r.outcome = 'success'
-                  ORDER BY r.commit_order DESC, r.id DESC LIMIT 1),
-                e.archived_use_at) AS last_used_at,
-       (SELECT max(coalesce(n.opened_at, n.created_at)) FROM credentials n
-         WHERE n.service_user_id = e.service_user_id
-           AND n.revoked_at IS NULL AND n.held_at IS NULL
-           AND (n.code_ends_at IS NULL OR n.opened_at IS NOT NULL)
-           AND n.expires_at >= statement_timestamp() + make_interval(secs => $1)) AS replaced_at
-  FROM ending e
- ORDER BY e.expires_at, e.id
-"""
 
 _SUMMARY: Final = """
 SELECT sum(repeats)::bigint AS count, max(recorded_at) AS newest_at,
@@ -97,12 +70,6 @@ class AttentionRecords:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-
-    async def ending_credentials(self, seconds: float, limit: int) -> Sequence[EndingCredential]:
-        """Return the next `limit` that end."""
-        async with self._database.connection() as connection:
-            rows = await connection.fetch(SELECT_ENDING, seconds, limit)
-        return [EndingCredential(**row) for row in rows]
 
     async def unknown_tokens(self, days: int, limit: int) -> Lately | None:
         """Return what was reported of tokens that are on no record."""

@@ -4,7 +4,7 @@ Drops nothing that was not written, made durable, read again and verified before
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +18,7 @@ from keys.secret import Secret
 from service.authority.audit.merkle import STORED_EVERY, Node, Span
 from service.authority.audit.record import Action, AuditRecord, Outcome, new_record_id
 from service.authority.audit.verify import (
-    Page,
+    Placed,
     aligned_levels,
     complete_root,
     encoded,
@@ -265,20 +265,22 @@ def _require_sound(manifest: Path, span: Any) -> None:
         raise Conflict(f"Nothing was dropped. {bad.words} See: privyseal audit verify.")
 
 
-def _write_page(writer: ArchiveWriter, page: Page, month: str, cuts: Sequence[int]) -> None:
+def _write_page(
+    writer: ArchiveWriter, page: Iterable[Placed], month: str, cuts: Sequence[int]
+) -> None:
     others: list[bytes] = []
     stop = 0
-    for index, record_id, leaf_hash in page.leaves:
+    for (index, record_id, leaf_hash), members, personal in page:
         stop = index + 1
         if month_of(record_id) != month:
             others.append(leaf_hash)
             continue
         _prove_run(writer, others, index, cuts)
-        if (members := page.records.get(record_id)) is None:
+        if members is None:
             raise Conflict(f"Record {index:,} ({record_id}) is missing: privyseal audit verify.")
         writer.record(index, leaf_hash, encoded(members))
-        if (row := page.personal.get(record_id)) is not None:
-            _, salt, *values = row
+        if personal is not None:
+            _, salt, *values = personal
             writer.personal(index, salt, values)
     _prove_run(writer, others, stop, cuts)
 

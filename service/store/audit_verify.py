@@ -21,7 +21,7 @@ from msgspec import Struct
 from keys.secret import Secret
 from service.authority.audit.merkle import STORED_EVERY, Node
 from service.authority.audit.record import Action
-from service.authority.audit.verify import Claim, Examination, Page, Part, collector_at_rest
+from service.authority.audit.verify import Claim, Examination, Part, Placed, collector_at_rest
 from service.authority.errors import StoreUnavailable
 from service.store.audit_tree import LEAF_COLUMNS
 from service.store.database import Connection, Deadlines, connect, loss_as_unavailable
@@ -214,27 +214,25 @@ async def _archived(connection: Connection) -> Mapping[str, int]:
     return {month: archive["records"] for month, archive in (found or {}).items()}
 
 
-async def page(connection: Connection, log: int, start: int, stop: int) -> Page:
+async def page(connection: Connection, log: int, start: int, stop: int) -> Sequence[Placed]:
     """Return leaves with what there is of their records."""
     leaves = await connection.fetch(SELECT_PAGE, log, start, stop)
     ids = [leaf["id"] for leaf in leaves]
     records = await _by_id(connection, SELECT_RECORDS_BETWEEN, SELECT_RECORDS_AMONG, ids)
     personal = await _by_id(connection, SELECT_PERSONAL_BETWEEN, SELECT_PERSONAL_AMONG, ids)
-    return Page(
-        leaves=leaves,
-        records={row["id"]: row for row in records},
-        personal={row["id"]: row for row in personal},
-    )
+    return list(zip(leaves, map(records.get, ids), map(personal.get, ids), strict=True))
 
 
 async def _by_id(
     connection: Connection, between: str, among: str, ids: Sequence[str]
-) -> Sequence[Any]:
+) -> Mapping[str, Any]:
     if not ids:
-        return ()
+        return {}
     limit = 2 * len(ids)
     rows = await connection.fetch(between, min(ids), max(ids), limit)
-    return rows if len(rows) < limit else await connection.fetch(among, ids)
+    if len(rows) >= limit:
+        rows = await connection.fetch(among, ids)
+    return {row["id"]: row for row in rows}
 
 
 async def inserted(

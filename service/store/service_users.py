@@ -84,8 +84,8 @@ SELECT {SERVICE_USER_COLUMNS}, {_CREDENTIAL_COLUMNS}
  WHERE c.code_sha256 = $1
 """  # noqa: S608
 
-# The newest of each credential, with how many there were, among so many as a person looks at; and
-# from where it was opened when that was not refused.
+# The newest of each credential, with how many there were, among so many as a person looks at; from
+# where it was opened when that was not refused, and whether all came from there.
 _REFUSED_OPENINGS = """
 WITH newest AS (
     SELECT r.id, r.credential_id, r.recorded_at, r.reason, r.repeats FROM audit_records r
@@ -95,21 +95,27 @@ WITH newest AS (
        AND EXISTS (SELECT FROM credentials c WHERE c.id = r.credential_id AND c.revoked_at IS NULL)
      ORDER BY r.recorded_at DESC LIMIT 10 * $2
 ), latest AS (
-    SELECT DISTINCT ON (credential_id) id, credential_id, recorded_at, reason,
-           sum(repeats) OVER (PARTITION BY credential_id)::bigint AS count
-      FROM newest ORDER BY credential_id, recorded_at DESC
+    SELECT DISTINCT ON (n.credential_id) n.credential_id, n.recorded_at, n.reason,
+           sum(n.repeats) OVER (PARTITION BY n.credential_id)::bigint AS count,
+           bool_and(coalesce((p.client_address, p.user_agent)
+                             = (opening.client_address, opening.user_agent), false))
+               OVER (PARTITION BY n.credential_id) AS is_reload,
+           p.client_address AS address, opening.client_address AS opened_from
+      FROM newest n
+      LEFT JOIN audit_personal p ON p.id = n.id
+      LEFT JOIN LATERAL (
+        SELECT first.client_address, first.user_agent
+          FROM (SELECT o.id FROM audit_records o
+                 WHERE o.credential_id = n.credential_id AND o.action = 'credential.open'
+                   AND o.outcome = 'success'
+                 ORDER BY o.commit_order, o.id LIMIT 1) AS opened
+          JOIN audit_personal first ON first.id = opened.id) opening ON true
+     ORDER BY n.credential_id, n.recorded_at DESC
 )
 SELECT su.id AS service_user_id, su.name AS service_user, c.id AS credential_id, c.label,
-       r.recorded_at AS at, r.reason, r.count, p.client_address AS address, c.opened_at,
-       (SELECT first.client_address
-          FROM (SELECT o.id FROM audit_records o
-                 WHERE o.credential_id = c.id AND o.action = 'credential.open'
-                   AND o.outcome = 'success'
-                 ORDER BY o.commit_order, o.id LIMIT 1) AS opening
-          JOIN audit_personal first ON first.id = opening.id) AS opened_from
+       r.recorded_at AS at, r.reason, r.count, r.address, c.opened_at, r.opened_from, r.is_reload
   FROM latest r JOIN credentials c ON c.id = r.credential_id
   JOIN service_users su ON su.id = c.service_user_id
-  LEFT JOIN audit_personal p ON p.id = r.id
  ORDER BY r.recorded_at DESC LIMIT $2
 """
 SELECT_REFUSED_OPENINGS = _REFUSED_OPENINGS.format(of="")
@@ -206,7 +212,7 @@ class ServiceUsers:
         return await self._act(CHANGE_SERVICE_USER, as_json(user), record)
 
     async def create_credential(self, credential: Credential, record: AuditRecord) -> bool:
-        """Add a credential to its service user."""
+        """Add a credential to its service user; raise Conflict if there is one with its id."""
         return await self._act(CREATE_CREDENTIAL, credential_as_json(credential), record)
 
     async def revoke_credential(self, credential_id: str, record: AuditRecord) -> bool:
@@ -216,7 +222,8 @@ class ServiceUsers:
     async def hand_over(
         self, credential: Credential, code_sha256: bytes, record: AuditRecord
     ) -> bool:
-        """Add a credential that only whoever has the code can open."""
+        """Add a credential that only whoever has the code can open; raise Conflict if there is one
+        with its id."""
         return await self._act(
             HAND_OVER_CREDENTIAL, credential_as_json(credential, code_sha256), record
         )
@@ -300,7 +307,9 @@ class ServiceUsers:
             async with self._database.connection() as connection:
                 arguments = (what, as_json(record), self._clock_skew)
                 return await fetch_durable(connection, call, *arguments) is True
-        except asyncpg.UniqueViolationError:
+        except asyncpg.UniqueViolationError as error:
+            if error.constraint_name == "credentials_pkey":
+                raise Conflict("This credential was made already.", "/id") from None
             raise Conflict("This name is taken.", "/name") from None
         except asyncpg.PostgresError as error:
             if sqlstate(error) != "PV409":

@@ -83,28 +83,24 @@ WITH RECURSIVE systems (name, place) AS (
 SELECT name FROM systems WHERE name IS NOT NULL
 """
 
-_ENDING: Final = f"""
-  FROM credentials c JOIN service_users su ON su.id = c.service_user_id AND su.status = 'active'
-  LEFT JOIN LATERAL ({_LAST_USE}) used ON true
-  CROSS JOIN LATERAL (
-    SELECT min(coalesce(n.opened_at, n.created_at)) AS made FROM credentials n
-     WHERE n.service_user_id = c.service_user_id AND n.created_at > c.created_at
-       AND n.expires_at > c.expires_at AND {_IS_LIVE.format(c="n")}) newer
- WHERE {_IS_LIVE.format(c="c")} AND c.expires_at < statement_timestamp() + $1::interval
-   -- One that nothing used since its successor was made may end: nobody has to act.
-   AND (newer.made IS NULL OR used.recorded_at >= newer.made)
-"""  # noqa: S608
-
+# The last use, and what its service user has instead, are looked up for the few of a page.
 SELECT_ENDING = f"""
-SELECT su.id AS service_user_id, su.name AS service_user, su.owner, su.contact,
-       c.id AS credential_id, c.label, c.expires_at,
-       coalesce(used.recorded_at, c.archived_use_at) AS last_used_at
-{_ENDING}
-   AND (c.expires_at, c.id) > ($2, $3)
- ORDER BY c.expires_at, c.id LIMIT $4
-"""
-
-COUNT_ENDING = f"SELECT c.expires_at - statement_timestamp() AS left {_ENDING}"
+WITH ending AS (
+    SELECT c.id, c.service_user_id, c.label, c.created_at, c.expires_at, c.archived_use_at,
+           su.name, su.owner, su.contact
+      FROM credentials c JOIN service_users su ON su.id = c.service_user_id
+     WHERE {_IS_LIVE.format(c="c")} AND su.status = 'active'
+       AND c.expires_at < statement_timestamp() + $1::interval AND (c.expires_at, c.id) > ($2, $3)
+     ORDER BY c.expires_at, c.id LIMIT $4
+)
+SELECT c.service_user_id, c.name AS service_user, c.owner, c.contact, c.id AS credential_id,
+       c.label, c.expires_at, coalesce(used.recorded_at, c.archived_use_at) AS last_used_at,
+       (SELECT min(coalesce(n.opened_at, n.created_at)) FROM credentials n
+         WHERE n.service_user_id = c.service_user_id AND n.created_at > c.created_at
+           AND n.expires_at > c.expires_at AND {_IS_LIVE.format(c="n")}) AS replaced_at
+  FROM ending c LEFT JOIN LATERAL ({_LAST_USE}) used ON true
+ ORDER BY c.expires_at, c.id
+"""  # noqa: S608
 
 _START: Final = (datetime(1970, 1, 1, tzinfo=UTC), "")
 
@@ -179,13 +175,7 @@ class RecordedUses:
     async def ending(
         self, within: timedelta, *, after: tuple[datetime, str] | None, limit: int
     ) -> Sequence[EndingCredential]:
-        """Return credentials that end and that nothing replaces, by their end, then their id."""
+        """Return live credentials that end, by their end, then their id."""
         async with self._database.connection() as connection:
             rows = await connection.fetch(SELECT_ENDING, within, *(after or _START), limit)
         return [EndingCredential(**row) for row in rows]
-
-    async def count_ending(self, within: Sequence[timedelta]) -> Sequence[int]:
-        """Count those of `ending`, for each of these times."""
-        async with self._database.connection() as connection:
-            rows = await connection.fetch(COUNT_ENDING, max(within))
-        return [sum(row["left"] < time for row in rows) for time in within]

@@ -123,7 +123,13 @@ async def _places(authority: LiveAuthority) -> Mapping[str, str]:
         )
     finally:
         await connection.close(timeout=5)
-    return {"service_user_id": ONE_OF_THEM, "record_id": str(record_id)}
+    published = httpx.get(f"{authority.url}/.well-known/jwks.json", timeout=10).json()
+    return {
+        "service_user_id": ONE_OF_THEM,
+        "credential_id": ONE_OF_THEM.replace("su_", "cr_"),
+        "record_id": str(record_id),
+        "kid": published["keys"][0]["kid"],
+    }
 
 
 def _table(

@@ -65,13 +65,32 @@ class Console:
         assert credential.status_code == 201, credential.text
         return credential.json()["client_id"], credential.json()["client_secret"]
 
+    def places(self, service_user_id: str) -> dict[str, str]:
+        """Return what fills the braces of the pages of a service user with a credential."""
+        of_it = {"service_user": service_user_id, "order": "desc", "limit": 1}
+        return {
+            "service_user_id": service_user_id,
+            "credential_id": self._first(
+                f"/service-users/{service_user_id}/credentials", "credentials"
+            )["id"],
+            "record_id": self._first("/audit-records", "records", **of_it)["id"],
+            "kid": self._first("/signing-keys", "signing_keys")["kid"],
+        }
+
+    def _first(self, path: str, list_name: str, **params: Any) -> dict[str, Any]:
+        found = self.api.get(path, params=params)
+        assert found.status_code == 200, found.text
+        return found.json()[list_name][0]
+
 
 @pytest.fixture(scope="package")
 def console() -> Generator[Console, None, None]:
     """One installation for all tests of this folder."""
     ingest_port = free_port()
     ingest_url = f"http://127.0.0.1:{ingest_port}/api/v1/ingest"
-    with running_authority(PRIVYSEAL_INGEST_URL=ingest_url) as authority:
+    # Logs hold nothing secret at any level, so they are looked through at the lowest.
+    settings = {"PRIVYSEAL_INGEST_URL": ingest_url, "PRIVYSEAL_LOG_LEVEL": "debug"}
+    with running_authority(**settings) as authority:
         api = f"{authority.issuer}/api/v1"
         with httpx.Client(base_url=api, timeout=10) as client:
             exchanged = httpx.post(

@@ -13,11 +13,16 @@ OPERATOR: Final = {
     "change service user": "/service-users/{service_user_id}/change",
     "disable service user": "/service-users/{service_user_id}/disable",
     "new credential": "/service-users/{service_user_id}/credentials/new",
+    "revoke credential": "/service-users/{service_user_id}/credentials/{credential_id}/revoke",
+    "confirm credential": "/service-users/{service_user_id}/credentials/{credential_id}/confirm",
     "credentials that end": "/service-users/ending",
     "hand over": "/service-users/{service_user_id}/hand-over",
     "token": "/token",
+    "token of one": "/token?service_user={service_user_id}",
     "upload": "/upload",
+    "upload of one": "/upload?service_user={service_user_id}",
     "signing keys": "/signing-keys",
+    "revoke key": "/signing-keys/{kid}/revoke",
     "revoke all keys": "/signing-keys/revoke-all",
     "audit": "/audit",
     "audit tail": "/audit/tail",
@@ -32,4 +37,4 @@ INTEGRATOR: Final = {
     "own upload": "/upload",
     "own audit": "/audit",
 }
-PUBLIC: Final = {"sign-in": "/sign-in", "hand-over": "/hand-over"}
+PUBLIC: Final = {"sign-in": "/sign-in", "open hand-over": "/hand-over"}

@@ -22,10 +22,7 @@ def test_take_a_picture_of_every_page(
     integrator = console.new_service_user(
         name, "ingest:write", "search:read", owner="Video KYC", contact="vkyc@bank.example"
     )
-    record = console.api.get(
-        "/audit-records", params={"service_user": integrator[0], "order": "desc", "limit": 1}
-    ).json()["records"][0]
-    places = {"service_user_id": integrator[0], "record_id": record["id"]}
+    places = console.places(integrator[0])
     folder = FOLDER / f"{scheme}-{width}"
     folder.mkdir(parents=True, exist_ok=True)
     for pages, credential in (

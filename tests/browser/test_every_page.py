@@ -23,8 +23,7 @@ Open = Callable[[Page, str, str], None]
 def places(console: Console) -> Mapping[str, str]:
     """A service user with a credential and a record, for the pages that show one."""
     client_id, _ = console.new_service_user("every-page", "ingest:write", "search:read")
-    records = console.api.get("/audit-records", params={"limit": 1}).json()["records"]
-    return {"service_user_id": client_id, "record_id": records[0]["id"]}
+    return console.places(client_id)
 
 
 @pytest.fixture(scope="module")

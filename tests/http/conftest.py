@@ -36,6 +36,7 @@ from service.store.embedded import Running
 from service.store.service_users import ServiceUsers
 from service.store.signing_keys import SigningKeys
 from tests.conftest import open_audit_log
+from tests.http.console_client import ConsoleClient
 
 Credential: TypeAlias = tuple[str, str]
 """client_id and client_secret, as httpx takes them for HTTP Basic."""
@@ -163,6 +164,42 @@ async def vkyc(enrol: Callable[..., Awaitable[Credential]]) -> Credential:
     return await enrol(
         "vkyc-prod", scopes=["ingest:write", "search:read"], contact="kyc-team@example.com"
     )
+
+
+@pytest.fixture
+def new_person(client: httpx.AsyncClient, settings: Settings) -> Callable[[], ConsoleClient]:
+    """Return somebody at the console who has not signed in."""
+    return lambda: ConsoleClient(client, settings.issuer)
+
+
+@pytest.fixture
+def at_console(
+    new_person: Callable[[], ConsoleClient],
+) -> Callable[[Credential], Awaitable[ConsoleClient]]:
+    """Sign somebody in at the console with a credential."""
+
+    async def signed_in(credential: Credential) -> ConsoleClient:
+        person = new_person()
+        assert (await person.sign_in(credential)).status_code == 303
+        return person
+
+    return signed_in
+
+
+@pytest.fixture
+async def operator_at_console(
+    at_console: Callable[[Credential], Awaitable[ConsoleClient]], operator_credential: Credential
+) -> ConsoleClient:
+    """The first operator, signed in at the console."""
+    return await at_console(operator_credential)
+
+
+@pytest.fixture
+async def integrator(
+    at_console: Callable[[Credential], Awaitable[ConsoleClient]], vkyc: Credential
+) -> ConsoleClient:
+    """vkyc-prod, signed in at the console with its own credential."""
+    return await at_console(vkyc)
 
 
 @pytest.fixture

@@ -188,9 +188,13 @@ async def test_a_filtered_export_proves_each_of_its_records_and_goes_with_a_name
     kept = Checkpoint(origin=settings.log_origin, size=size, root=frontier.root()).signed(
         open_log_key(settings.log_origin, sealed, keks)
     )
-    told = verify(some, kept, exits=1)["logs"][0]
+    told = verify(some, kept, exits=3)["logs"][0]
     assert (told["first_bad"]["flaw"], told["flaws"]) == ("uncompared", 1)
-    assert "NOT COMPARED" in verify.printed(some, kept).stdout
+    assert told["first_bad"]["words"].endswith("/kept.txt` and the same filters.")
+    printed = verify.printed(some, kept)
+    assert (printed.exit_code, "NOT COMPARED" in printed.stdout) == (3, True)
+    tampered = _edited(parsed(some), 1, scope="all")
+    assert verify.printed(tampered, kept).exit_code == 1, "the worse one counts"
     named = await export(operator, outcome="failed", checkpoint_size=size)
     compared = verify(named, kept)["logs"][0]
     assert (compared["records"], compared["checkpoints_outside"]) == (calls, 1)
@@ -216,6 +220,15 @@ TAMPERINGS: dict[str, Tampering] = {
         lambda lines: _edited(lines, AT + 1, recorded_at="2026-01-01T00:00:00Z"),
         "edited",
     ),
+    "a time without its offset": (
+        lambda lines: _edited(lines, AT + 1, recorded_at="2026-01-01T00:00:00"),
+        "edited",
+    ),
+    "an id that is none": (lambda lines: _edited(lines, AT + 1, id="x", cursor="1.x"), "edited"),
+    "a cursor of 5,000 digits": (
+        lambda lines: _edited(lines, AT + 1, cursor=f"{'9' * 5000}.{lines[AT + 1]['id']}"),
+        "edited",
+    ),
     "details": (lambda lines: _edited(lines, AT + 1, details={"more": 1.5}), "edited"),
     "another member": (lambda lines: _edited(lines, AT + 1, note="paid"), "edited"),
     "the id it is found by": (
@@ -239,6 +252,7 @@ TAMPERINGS: dict[str, Tampering] = {
         ),
         "personal",
     ),
+    "a salt that is none": (lambda lines: _edited(lines, AT + 1, personal_salt="zz"), "edited"),
     "dropped": (lambda lines: [*lines[: AT + 1], *lines[AT + 2 :]], "missing"),
     "swapped": (
         lambda lines: [*lines[: AT + 1], lines[AT + 2], lines[AT + 1], *lines[AT + 3 :]],
@@ -258,6 +272,8 @@ async def test_what_was_done_to_an_export_is_found_and_the_first_bad_record_name
         found = verify(tampering(lines), exits=1)["logs"][0]["first_bad"]
         at = AT - 1 if what == "twice" else AT
         assert (found["flaw"], found["index"]) == (flaw, at), (what, found)
+    not_text = written(lines).replace(b"retail", b"ret\xffil", 1)
+    assert verify(not_text, exits=1)["logs"][0]["first_bad"]["flaw"] == "edited"
     printed = verify.printed(TAMPERINGS["outcome"][0](lines))
     assert f"TAMPERED. Record {AT}" in printed.stdout
 
@@ -350,7 +366,27 @@ async def test_a_file_that_is_no_export_is_refused_in_words(
     headless = verify.printed(lines[1:])
     assert (headless.exit_code, "does not begin with a checkpoint" in headless.stderr) == (1, True)
     table = verify.printed(await export(operator, format="csv"))
-    assert table.exit_code == 1
+    assert (table.exit_code, "Export NDJSON" in table.stderr) == (2, True)
+
+
+async def test_a_key_is_found_in_what_migrate_printed_and_what_is_none_is_named(
+    operator: httpx.AsyncClient, verify: Verify, vkeys: list[str], tmp_path: Path
+) -> None:
+    whole = await export(operator)
+    (vkey,) = vkeys
+    file = tmp_path / "vkey"
+    file.write_text(f"Nothing to do.\nVerifier key of the audit log: {vkey}\n")
+    vkeys[:] = [str(file)]
+    assert verify(whole)["ok"]
+    file.write_text("Nothing to do.\n")
+    for given, said in (
+        (str(file), f"{file} has no verifier key"),
+        (f"{file}s", f"there is no file {file}s, and it is no verifier key"),
+        (vkey[:-4], "that is not base64"),
+    ):
+        vkeys[:] = [given]
+        refused = verify.printed(whole)
+        assert (refused.exit_code, said in refused.stderr) == (2, True), refused.stderr
 
 
 async def test_records_of_a_second_log_come_under_a_checkpoint_of_their_own(

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import socket
 from base64 import urlsafe_b64encode
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -22,6 +23,7 @@ import uvicorn
 from service.app import Authority
 from service.authority.audit.export import MAX_EXPORTS, PAGE
 from service.authority.model import AdminScope
+from service.settings import Settings
 
 pytestmark = pytest.mark.anyio
 
@@ -333,6 +335,32 @@ async def test_a_leaked_secret_is_revoked_by_its_digest_with_its_reason_on_recor
     again = await operator.post(LEAKED, json=asked)
     assert again.json()["credentials"][0]["outcome"] == "revoked_before"
     await records(1, action="credential.revoke")
+
+
+async def test_what_a_leaked_secret_was_rotated_to_is_named(
+    operator: httpx.AsyncClient,
+    vkyc: Credential,
+    enrol: Callable[..., Awaitable[Credential]],
+    sign_in: Callable[..., Awaitable[httpx.AsyncClient]],
+    settings: Settings,
+) -> None:
+    secrets = [await enrol("tools", audiences=[settings.api_audience])]
+    for label in ("second", "third"):
+        caller = await sign_in(secrets[-1])
+        rotated = await caller.post(f"{USERS}/me/credentials/rotate", json={"label": label})
+        assert rotated.status_code == 201
+        secrets.append((rotated.json()["client_id"], rotated.json()["client_secret"]))
+
+    found = await operator.post(LEAKED, json={"secrets_sha256": [digest(secrets[0][1])]})
+    (leak,) = found.json()["credentials"]
+    assert leak["outcome"] == "revoked"
+    assert re.search(r"rotated to second \(cr_\w+\), third \(cr_\w+\)", leak["detail"])
+    rest = {"secrets_sha256": [digest(secret) for _, secret in secrets[1:]]}
+    assert {
+        each["outcome"] for each in (await operator.post(LEAKED, json=rest)).json()["credentials"]
+    } == {"revoked"}
+    again = await operator.post(LEAKED, json={"secrets_sha256": [digest(secrets[0][1])]})
+    assert again.json()["credentials"][0]["detail"] == ""
 
 
 async def test_nobody_revokes_the_credential_that_they_call_with_but_the_rest_is_revoked(

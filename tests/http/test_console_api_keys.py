@@ -39,24 +39,6 @@ BASE = re.compile(r'name="base" value="([^"]+)"')
 REVOKE = re.compile(r'href="/console(/service-users/su_\w+/credentials/(cr_\w+)/revoke)"')
 
 
-@pytest.fixture
-def at_console(client: httpx.AsyncClient, settings: Settings) -> AtConsole:
-    """Sign in at the console with a credential."""
-
-    async def signed_in(credential: Credential) -> ConsoleClient:
-        person = ConsoleClient(client, settings.issuer)
-        assert (await person.sign_in(credential)).status_code == 303
-        return person
-
-    return signed_in
-
-
-@pytest.fixture
-async def person(at_console: AtConsole, operator_credential: Credential) -> ConsoleClient:
-    """The first operator, signed in."""
-    return await at_console(operator_credential)
-
-
 async def exchange(client: httpx.AsyncClient, credential: Credential) -> int:
     """Exchange a credential; return the status."""
     form = {"grant_type": "client_credentials"}
@@ -75,10 +57,17 @@ def value(page: httpx.Response, name: str) -> str:
     return html.unescape(found[1])
 
 
-async def new_credential(person: ConsoleClient, service_user_id: str, label: str) -> Credential:
+def made_with(page: httpx.Response) -> dict[str, str]:
+    """The id that a form for a credential was made with."""
+    return dict(re.findall(r'name="(credential_id)" value="([^"]*)"', page.text))
+
+
+async def new_credential(
+    operator_at_console: ConsoleClient, service_user_id: str, label: str
+) -> Credential:
     """Make a credential as a person does."""
     form = {"label": label, "lifetime": "365", "until": ""}
-    made = await person.post(f"/service-users/{service_user_id}/credentials/new", form)
+    made = await operator_at_console.post(f"/service-users/{service_user_id}/credentials/new", form)
     assert made.status_code == 201, text(made)
     found = SECRET.search(made.text)
     assert found
@@ -89,26 +78,30 @@ async def new_credential(person: ConsoleClient, service_user_id: str, label: str
 
 
 async def test_the_first_page_says_what_to_do_when_a_search_finds_nothing(
-    person: ConsoleClient,
+    operator_at_console: ConsoleClient,
 ) -> None:
-    answer = await person.get("/service-users?name=zz")
+    answer = await operator_at_console.get("/service-users?name=zz")
     assert answer.status_code == 200
     assert "No service user matches" in text(answer)
 
 
 async def test_the_list_is_searched_by_the_beginning_of_a_name(
-    person: ConsoleClient, enrol: Enrol
+    operator_at_console: ConsoleClient, enrol: Enrol
 ) -> None:
     for name in ("vkyc-prod", "vkyc-test", "vkz", "a.vkyc"):
         await enrol(name)
-    found = re.findall(r">([a-z.-]+)</a></th>", (await person.get("/service-users?name=VKYC")).text)
+    found = re.findall(
+        r">([a-z.-]+)</a></th>", (await operator_at_console.get("/service-users?name=VKYC")).text
+    )
     assert found == ["vkyc-prod", "vkyc-test"]
-    found = re.findall(r">([a-z.-]+)</a></th>", (await person.get("/service-users?name=vk")).text)
+    found = re.findall(
+        r">([a-z.-]+)</a></th>", (await operator_at_console.get("/service-users?name=vk")).text
+    )
     assert found == ["vkyc-prod", "vkyc-test", "vkz"]
 
 
 async def test_the_list_is_filtered_by_source_system_and_status(
-    person: ConsoleClient, operator: httpx.AsyncClient, enrol: Enrol
+    operator_at_console: ConsoleClient, operator: httpx.AsyncClient, enrol: Enrol
 ) -> None:
     await enrol("one", source_system="scanning")
     disabled, _ = await enrol("two", source_system="scanning")
@@ -116,7 +109,7 @@ async def test_the_list_is_filtered_by_source_system_and_status(
     await operator.post(f"/api/v1/service-users/{disabled}/disable")
 
     async def names(query: str) -> list[str]:
-        page = await person.get(f"/service-users?{query}")
+        page = await operator_at_console.get(f"/service-users?{query}")
         return re.findall(r">([a-z.-]+)</a></th>", page.text)
 
     assert await names("source_system=scanning") == ["one", "two"]
@@ -134,15 +127,15 @@ async def test_the_list_is_filtered_by_source_system_and_status(
     ],
 )
 async def test_a_filter_that_can_match_nothing_is_told_beside_its_field(
-    person: ConsoleClient, query: str, says: str
+    operator_at_console: ConsoleClient, query: str, says: str
 ) -> None:
-    answer = await person.get(f"/service-users?{query}")
+    answer = await operator_at_console.get(f"/service-users?{query}")
     assert answer.status_code == 422
     assert says in text(answer)
 
 
 async def test_pages_lead_through_all_service_users_without_a_miss_or_a_repeat(
-    person: ConsoleClient, operator: httpx.AsyncClient
+    operator_at_console: ConsoleClient, operator: httpx.AsyncClient
 ) -> None:
     for number in range(2 * PAGE_SIZE + 3):
         body = {"name": f"branch-{number:03}", "source_system": "branch"}
@@ -150,7 +143,7 @@ async def test_pages_lead_through_all_service_users_without_a_miss_or_a_repeat(
     seen: list[str] = []
     path: str | None = "/service-users?name=branch&source_system=branch"
     while path:
-        page = await person.get(path)
+        page = await operator_at_console.get(path)
         rows = re.findall(r">(branch-\d+)</a></th>", page.text)
         assert 0 < len(rows) <= PAGE_SIZE
         assert len(page.content) < 60_000
@@ -161,7 +154,7 @@ async def test_pages_lead_through_all_service_users_without_a_miss_or_a_repeat(
 
 
 async def test_the_list_shows_the_last_use_and_what_ends(
-    person: ConsoleClient, client: httpx.AsyncClient, enrol: Enrol, sql: SQL
+    operator_at_console: ConsoleClient, client: httpx.AsyncClient, enrol: Enrol, sql: SQL
 ) -> None:
     used = await enrol("used")
     await enrol("unused")
@@ -171,16 +164,18 @@ async def test_the_list_shows_the_last_use_and_what_ends(
         " WHERE service_user_id = $1",
         used[0],
     )
-    page = text(await person.get("/service-users?name=us"))
+    page = text(await operator_at_console.get("/service-users?name=us"))
     assert re.search(r"used vkyc active \d+ s ago 1 live ends in 12 days", page), page
-    page = text(await person.get("/service-users?name=un"))
+    page = text(await operator_at_console.get("/service-users?name=un"))
     assert "unused vkyc active never 1 live" in page
     assert "ends in" not in page
 
 
-async def test_an_id_in_the_search_leads_to_its_page(person: ConsoleClient, enrol: Enrol) -> None:
+async def test_an_id_in_the_search_leads_to_its_page(
+    operator_at_console: ConsoleClient, enrol: Enrol
+) -> None:
     service_user_id, _ = await enrol("vkyc")
-    answer = await person.get(f"/service-users?name={service_user_id}")
+    answer = await operator_at_console.get(f"/service-users?name={service_user_id}")
     assert (answer.status_code, answer.headers["location"]) == (
         303,
         f"/console/service-users/{service_user_id}",
@@ -191,9 +186,9 @@ async def test_an_id_in_the_search_leads_to_its_page(person: ConsoleClient, enro
 
 
 async def test_what_is_created_here_is_what_the_api_shows(
-    person: ConsoleClient, operator: httpx.AsyncClient, records: Records
+    operator_at_console: ConsoleClient, operator: httpx.AsyncClient, records: Records
 ) -> None:
-    answer = await person.post("/service-users/new", NEW)
+    answer = await operator_at_console.post("/service-users/new", NEW)
     assert answer.status_code == 303
     service_user_id = answer.headers["location"].split("/")[-1].split("?")[0]
     created = (await operator.get(f"/api/v1/service-users/{service_user_id}")).json()
@@ -206,12 +201,12 @@ async def test_what_is_created_here_is_what_the_api_shows(
     assert created["token_lifetime"] == 600
     (record,) = await records(action="service_user.create", service_user=service_user_id)
     assert (record["actor"], record["outcome"]) == ("operator", "success")
-    page = await person.get(f"/service-users/{service_user_id}?done=created")
+    page = await operator_at_console.get(f"/service-users/{service_user_id}?done=created")
     assert "make a credential for it" in text(page)
 
 
 async def test_every_wrong_field_is_told_at_once_and_nothing_typed_is_lost(
-    person: ConsoleClient, records: Records
+    operator_at_console: ConsoleClient, records: Records
 ) -> None:
     wrong = {
         **NEW,
@@ -222,7 +217,7 @@ async def test_every_wrong_field_is_told_at_once_and_nothing_typed_is_lost(
         "audiences": "nonsense",
         "token_lifetime": "5",
     }
-    answer = await person.post("/service-users/new", wrong)
+    answer = await operator_at_console.post("/service-users/new", wrong)
     assert answer.status_code == 422
     assert answer.text.count('aria-invalid="true"') == 5
     assert "“BAD” is no scope" in text(answer)
@@ -236,35 +231,38 @@ async def test_every_wrong_field_is_told_at_once_and_nothing_typed_is_lost(
 
 
 async def test_a_name_that_is_taken_is_told_beside_the_name(
-    person: ConsoleClient, enrol: Enrol
+    operator_at_console: ConsoleClient, enrol: Enrol
 ) -> None:
     await enrol("vkyc-test")
-    answer = await person.post("/service-users/new", NEW)
+    answer = await operator_at_console.post("/service-users/new", NEW)
     assert answer.status_code == 409
     assert re.search(r'id="name-says" class="hint"><strong>This name is taken', answer.text)
     assert value(answer, "contact") == NEW["contact"]
 
 
 async def test_admin_scopes_without_their_audience_are_told_beside_the_audiences(
-    person: ConsoleClient, settings: Settings
+    operator_at_console: ConsoleClient, settings: Settings
 ) -> None:
     form = {**NEW, "scope": ["audit:read"]}
-    answer = await person.post("/service-users/new", form)
+    answer = await operator_at_console.post("/service-users/new", form)
     assert answer.status_code == 422
     assert f"audit:read needs the audience {settings.api_audience}" in text(answer)
     form["audiences"] = settings.api_audience
-    assert (await person.post("/service-users/new", form)).status_code == 303
+    assert (await operator_at_console.post("/service-users/new", form)).status_code == 303
 
 
 # Change
 
 
 async def test_only_what_was_typed_over_is_changed(
-    person: ConsoleClient, operator: httpx.AsyncClient, records: Records, vkyc: Credential
+    operator_at_console: ConsoleClient,
+    operator: httpx.AsyncClient,
+    records: Records,
+    vkyc: Credential,
 ) -> None:
     path = f"/service-users/{vkyc[0]}/change"
-    form = _form_of(await person.get(path))
-    answer = await person.post(path, {**form, "owner": "Identity"})
+    form = _form_of(await operator_at_console.get(path))
+    answer = await operator_at_console.post(path, {**form, "owner": "Identity"})
     assert answer.status_code == 303
     (record,) = await records(action="service_user.change", service_user=vkyc[0])
     assert record["details"] == {"owner": "changed"}
@@ -273,10 +271,13 @@ async def test_only_what_was_typed_over_is_changed(
 
 
 async def test_whoever_was_overtaken_is_told_what_changed_and_loses_nothing(
-    person: ConsoleClient, operator: httpx.AsyncClient, records: Records, vkyc: Credential
+    operator_at_console: ConsoleClient,
+    operator: httpx.AsyncClient,
+    records: Records,
+    vkyc: Credential,
 ) -> None:
     path = f"/service-users/{vkyc[0]}/change"
-    form = _form_of(await person.get(path))
+    form = _form_of(await operator_at_console.get(path))
     user = (await operator.get(f"/api/v1/service-users/{vkyc[0]}")).json()
     theirs = {"owner": "Theirs", "description": "Their words", "scopes": ["ingest:write"]}
     changed = await operator.patch(
@@ -286,7 +287,9 @@ async def test_whoever_was_overtaken_is_told_what_changed_and_loses_nothing(
     )
     assert changed.status_code == 200
 
-    answer = await person.post(path, {**form, "owner": "Mine", "contact": "me@example.com"})
+    answer = await operator_at_console.post(
+        path, {**form, "owner": "Mine", "contact": "me@example.com"}
+    )
     assert answer.status_code == 412
     shown = text(answer)
     assert "Owner (empty) Theirs Mine" in shown
@@ -299,7 +302,7 @@ async def test_whoever_was_overtaken_is_told_what_changed_and_loses_nothing(
     again = _form_of(answer)
     assert (again["owner"], again["contact"]) == ("Mine", "me@example.com")
     assert (again["description"], again["scope"]) == ("Their words", ["ingest:write"])
-    assert (await person.post(path, again)).status_code == 303
+    assert (await operator_at_console.post(path, again)).status_code == 303
     user = (await operator.get(f"/api/v1/service-users/{vkyc[0]}")).json()
     assert (user["owner"], user["contact"], user["description"], user["scopes"]) == (
         "Mine",
@@ -310,54 +313,54 @@ async def test_whoever_was_overtaken_is_told_what_changed_and_loses_nothing(
 
 
 async def test_a_change_that_leaves_the_fields_alone_is_told_too(
-    person: ConsoleClient, operator: httpx.AsyncClient, vkyc: Credential
+    operator_at_console: ConsoleClient, operator: httpx.AsyncClient, vkyc: Credential
 ) -> None:
     path = f"/service-users/{vkyc[0]}/change"
-    form = _form_of(await person.get(path))
+    form = _form_of(await operator_at_console.get(path))
     await operator.post(f"/api/v1/service-users/{vkyc[0]}/disable")
-    answer = await person.post(path, {**form, "owner": "Mine"})
+    answer = await operator_at_console.post(path, {**form, "owner": "Mine"})
     assert answer.status_code == 412
     assert "None of these fields: its status or its credentials. It is disabled now" in text(answer)
-    assert (await person.post(path, _form_of(answer))).status_code == 303
+    assert (await operator_at_console.post(path, _form_of(answer))).status_code == 303
 
 
 @pytest.mark.parametrize("base", ["", "{}", "[1]", '{"version":"1","was":{}}'])
 async def test_a_change_without_what_it_was_made_of_is_refused(
-    person: ConsoleClient, vkyc: Credential, base: str
+    operator_at_console: ConsoleClient, vkyc: Credential, base: str
 ) -> None:
     path = f"/service-users/{vkyc[0]}/change"
-    form = {**_form_of(await person.get(path)), "base": base}
-    assert (await person.post(path, form)).status_code == 400
+    form = {**_form_of(await operator_at_console.get(path)), "base": base}
+    assert (await operator_at_console.post(path, form)).status_code == 400
 
 
 # Disable and enable
 
 
 async def test_disabling_says_what_it_breaks_and_asks(
-    person: ConsoleClient, client: httpx.AsyncClient, vkyc: Credential
+    operator_at_console: ConsoleClient, client: httpx.AsyncClient, vkyc: Credential
 ) -> None:
     path = f"/service-users/{vkyc[0]}"
     for _ in range(3):
         assert await exchange(client, vkyc) == 200
-    asked = text(await person.get(f"{path}/disable"))
+    asked = text(await operator_at_console.get(f"{path}/disable"))
     assert re.search(r"Last exchange \d+ s ago from 127\.0\.0\.1 Live tokens 3, the last", asked)
     assert await exchange(client, vkyc) == 200
 
-    assert (await person.post(f"{path}/disable")).status_code == 303
+    assert (await operator_at_console.post(f"{path}/disable")).status_code == 303
     assert await exchange(client, vkyc) == 401
-    done = text(await person.get(f"{path}?done=disabled"))
+    done = text(await operator_at_console.get(f"{path}?done=disabled"))
     assert (
         "From now on no process issues a token to it. Tokens that were issued before live on: 4"
         in done
     )
-    assert (await person.post(f"{path}/enable")).status_code == 303
+    assert (await operator_at_console.post(f"{path}/enable")).status_code == 303
     assert await exchange(client, vkyc) == 200
 
 
 async def test_the_last_operator_cannot_be_disabled_and_is_told_why(
-    person: ConsoleClient, operator_credential: Credential
+    operator_at_console: ConsoleClient, operator_credential: Credential
 ) -> None:
-    answer = await person.post(f"/service-users/{operator_credential[0]}/disable")
+    answer = await operator_at_console.post(f"/service-users/{operator_credential[0]}/disable")
     assert answer.status_code == 409
     assert "nobody who can administer" in text(answer)
 
@@ -366,11 +369,14 @@ async def test_the_last_operator_cannot_be_disabled_and_is_told_why(
 
 
 async def test_a_secret_is_shown_once_and_works(
-    person: ConsoleClient, client: httpx.AsyncClient, vkyc: Credential, records: Records
+    operator_at_console: ConsoleClient,
+    client: httpx.AsyncClient,
+    vkyc: Credential,
+    records: Records,
 ) -> None:
     path = f"/service-users/{vkyc[0]}/credentials/new"
     form = {"label": "  vault,  2026 ", "lifetime": "90", "until": ""}
-    made = await person.post(path, form)
+    made = await operator_at_console.post(path, form)
     assert made.status_code == 201
     assert made.headers["cache-control"] == "no-store"
     found = SECRET.search(made.text)
@@ -378,11 +384,11 @@ async def test_a_secret_is_shown_once_and_works(
     secret = found[1]
     assert f"curl -sS -u '{vkyc[0]}:{secret}'" in html.unescape(made.text)
     assert await exchange(client, (vkyc[0], secret)) == 200
-    page = await person.get(f"/service-users/{vkyc[0]}")
+    page = await operator_at_console.get(f"/service-users/{vkyc[0]}")
     assert secret not in page.text
     assert "vault, 2026" in text(page)
     assert re.search(
-        r"vault, 2026 live \d+ s ago in (89|90) days \d+ s ago from 127\.0\.0\.1", text(page)
+        r"vault, 2026 Audit of cr_[a-z2-7]{24} live \d+ s ago in (89|90) days \d+ s ago from 127\.0\.0\.1", text(page)
     )
     assert secret not in str(await records(2, action="credential.create", service_user=vkyc[0]))
 
@@ -402,36 +408,120 @@ async def test_a_secret_is_shown_once_and_works(
     ],
 )
 async def test_a_credential_that_was_asked_for_wrongly_is_told_in_the_form(
-    person: ConsoleClient, vkyc: Credential, typed: dict[str, str], says: str
+    operator_at_console: ConsoleClient, vkyc: Credential, typed: dict[str, str], says: str
 ) -> None:
-    answer = await person.post(f"/service-users/{vkyc[0]}/credentials/new", typed)
+    answer = await operator_at_console.post(f"/service-users/{vkyc[0]}/credentials/new", typed)
     assert answer.status_code == 422
     assert says in text(answer)
     assert value(answer, "label") == typed["label"]
 
 
 async def test_a_day_goes_before_a_span_and_counts_to_its_end(
-    person: ConsoleClient, operator: httpx.AsyncClient, vkyc: Credential, sql: SQL
+    operator_at_console: ConsoleClient, operator: httpx.AsyncClient, vkyc: Credential, sql: SQL
 ) -> None:
     (row,) = await sql("SELECT to_char(now() + interval '40 days', 'YYYY-MM-DD') AS day")
     form = {"label": "dated", "lifetime": "365", "until": row["day"]}
-    assert (await person.post(f"/service-users/{vkyc[0]}/credentials/new", form)).status_code == 201
+    assert (
+        await operator_at_console.post(f"/service-users/{vkyc[0]}/credentials/new", form)
+    ).status_code == 201
     listed = await operator.get(f"/api/v1/service-users/{vkyc[0]}/credentials")
     assert listed.json()["credentials"][0]["expires_at"] == f"{row['day']}T23:59:59Z"
 
 
+async def test_a_form_that_is_sent_again_makes_no_second_credential(
+    operator_at_console: ConsoleClient,
+    operator: httpx.AsyncClient,
+    client: httpx.AsyncClient,
+    vkyc: Credential,
+    records: Records,
+) -> None:
+    path = f"/service-users/{vkyc[0]}/credentials/new"
+    form = {
+        "label": "vault",
+        "lifetime": "90",
+        "until": "",
+        **made_with(await operator_at_console.get(path)),
+    }
+    made = await operator_at_console.post(path, form)
+    assert made.status_code == 201
+    found = SECRET.search(made.text)
+    assert found
+    again = await operator_at_console.post(path, form)
+    assert again.status_code == 409
+    assert "This credential was made already" in text(again)
+    assert f"{path.removesuffix('new')}{form['credential_id']}/revoke" in again.text
+    assert not SECRET.search(again.text)
+    assert await exchange(client, (vkyc[0], found[1])) == 200
+    listed = (await operator.get(f"/api/v1/service-users/{vkyc[0]}/credentials")).json()
+    assert [each["label"] for each in listed["credentials"]] == ["vault", "first"]
+    (refusal,) = await records(action="credential.create", outcome="refused")
+    assert refusal["reason"] == "conflict"
+
+
+@pytest.mark.parametrize("offered", ["cr_1", "su_" + "a" * 24, "cr_" + "A" * 24])
+async def test_a_credential_gets_no_id_but_one_that_a_form_was_made_with(
+    operator_at_console: ConsoleClient, vkyc: Credential, offered: str
+) -> None:
+    form = {"label": "vault", "lifetime": "90", "credential_id": offered}
+    for page in ("credentials/new", "hand-over"):
+        answer = await operator_at_console.post(f"/service-users/{vkyc[0]}/{page}", form)
+        assert answer.status_code == 400
+        assert "This form was not made here" in text(answer)
+
+
+async def test_no_form_takes_the_id_of_a_credential_that_somebody_else_has(
+    operator_at_console: ConsoleClient,
+    client: httpx.AsyncClient,
+    operator_credential: Credential,
+    vkyc: Credential,
+    sql: SQL,
+) -> None:
+    (row,) = await sql("SELECT id FROM credentials WHERE label = 'bootstrap'")
+    form = {"label": "vault", "lifetime": "90", "credential_id": row["id"]}
+    for page in ("credentials/new", "hand-over"):
+        assert (
+            await operator_at_console.post(f"/service-users/{vkyc[0]}/{page}", form)
+        ).status_code == 409
+    assert await exchange(client, operator_credential) == 200
+
+
+async def test_two_credentials_with_one_label_can_be_told_apart(
+    operator_at_console: ConsoleClient, operator: httpx.AsyncClient, vkyc: Credential
+) -> None:
+    await new_credential(operator_at_console, vkyc[0], "first")
+    api = f"/api/v1/service-users/{vkyc[0]}/credentials"
+    listed = (await operator.get(api)).json()["credentials"]
+    shown = await operator_at_console.get(f"/service-users/{vkyc[0]}")
+    for held in listed:
+        assert f'href="/console/audit?credential={held["id"]}"' in shown.text
+        asked = text(
+            await operator_at_console.get(
+                f"/service-users/{vkyc[0]}/credentials/{held['id']}/revoke"
+            )
+        )
+        assert re.search(f"Credential {held['id']} .*Made 2.*Ends 2", asked)
+    for page in ("credentials/new", "hand-over"):
+        assert "In use: “first”." in text(
+            await operator_at_console.get(f"/service-users/{vkyc[0]}/{page}")
+        )
+
+
 async def test_each_credential_says_whether_it_is_safe_to_delete(
-    person: ConsoleClient, client: httpx.AsyncClient, vkyc: Credential, sql: SQL
+    operator_at_console: ConsoleClient, client: httpx.AsyncClient, vkyc: Credential, sql: SQL
 ) -> None:
     page = f"/service-users/{vkyc[0]}"
-    assert "The newest one, not used yet." in text(await person.get(page))
+    assert "The newest one, not used yet." in text(await operator_at_console.get(page))
     assert await exchange(client, vkyc) == 200
-    assert "The newest one: nothing replaces it." in text(await person.get(page))
+    assert "The newest one: nothing replaces it." in text(await operator_at_console.get(page))
 
-    second = await new_credential(person, vkyc[0], "second")
-    assert "Too early to delete. Not used since second was made" in text(await person.get(page))
+    second = await new_credential(operator_at_console, vkyc[0], "second")
+    assert "Too early to delete. Not used since second was made" in text(
+        await operator_at_console.get(page)
+    )
     assert await exchange(client, vkyc) == 200
-    assert "Still in use. It was used after second was made" in text(await person.get(page))
+    assert "Still in use. It was used after second was made" in text(
+        await operator_at_console.get(page)
+    )
 
     await sql(
         "UPDATE audit_records SET recorded_at = now() - interval '9 days'"
@@ -444,24 +534,42 @@ async def test_each_credential_says_whether_it_is_safe_to_delete(
         "UPDATE credentials SET created_at = now() - interval '8 days' WHERE label = 'second'"
     )
     assert await exchange(client, second) == 200
-    shown = text(await person.get(page))
+    shown = text(await operator_at_console.get(page))
     assert "Safe to delete. Not used since second was made 8 days ago" in shown
     assert "9 days ago from 127.0.0.1" in shown
 
 
+async def test_one_that_was_never_used_is_not_safe_to_delete_while_it_may_be_rolled_out(
+    operator_at_console: ConsoleClient, vkyc: Credential, sql: SQL
+) -> None:
+    page = f"/service-users/{vkyc[0]}"
+    await new_credential(operator_at_console, vkyc[0], "second")
+    shown = text(await operator_at_console.get(page))
+    assert re.search(r"Too early to delete. Not used yet, made \d+ s ago ?: it may still", shown)
+    assert "Safe to delete." not in shown
+    await sql("UPDATE credentials SET created_at = now() - interval '8 days'")
+    await sql("UPDATE credentials SET created_at = now() WHERE label = 'second'")
+    assert "Safe to delete. Never used, and second was made" in text(
+        await operator_at_console.get(page)
+    )
+
+
 async def test_one_that_was_used_lately_is_revoked_only_by_who_types_its_label(
-    person: ConsoleClient, client: httpx.AsyncClient, vkyc: Credential, records: Records
+    operator_at_console: ConsoleClient,
+    client: httpx.AsyncClient,
+    vkyc: Credential,
+    records: Records,
 ) -> None:
     assert await exchange(client, vkyc) == 200
-    detail = await person.get(f"/service-users/{vkyc[0]}")
+    detail = await operator_at_console.get(f"/service-users/{vkyc[0]}")
     ((path, credential_id),) = REVOKE.findall(detail.text)
-    assert "It was used in the last 7 days" in text(await person.get(path))
+    assert "It was used in the last 7 days" in text(await operator_at_console.get(path))
     for typed in ("", "First", "second"):
-        answer = await person.post(path, {"label": typed})
+        answer = await operator_at_console.post(path, {"label": typed})
         assert answer.status_code == 422
         assert "This is not its label. Nothing was revoked." in text(answer)
     assert await exchange(client, vkyc) == 200
-    answer = await person.post(path, {"label": "first"})
+    answer = await operator_at_console.post(path, {"label": "first"})
     assert (answer.status_code, answer.headers["location"]) == (
         303,
         f"/console/service-users/{vkyc[0]}?done=revoked",
@@ -469,62 +577,68 @@ async def test_one_that_was_used_lately_is_revoked_only_by_who_types_its_label(
     assert await exchange(client, vkyc) == 401
     (record,) = await records(action="credential.revoke", outcome="success")
     assert (record["credential_id"], record["actor"]) == (credential_id, "operator")
-    done = text(await person.get(f"/service-users/{vkyc[0]}?done=revoked"))
+    done = text(await operator_at_console.get(f"/service-users/{vkyc[0]}?done=revoked"))
     assert "Tokens that were issued before live on: 2" in done
-    assert not REVOKE.search((await person.get(f"/service-users/{vkyc[0]}")).text)
-    assert "It has ended already: it is revoked." in text(await person.get(path))
+    assert not REVOKE.search((await operator_at_console.get(f"/service-users/{vkyc[0]}")).text)
+    assert "It has ended already: it is revoked." in text(await operator_at_console.get(path))
 
 
 async def test_one_that_was_not_used_is_revoked_after_one_question(
-    person: ConsoleClient, client: httpx.AsyncClient, vkyc: Credential
+    operator_at_console: ConsoleClient, client: httpx.AsyncClient, vkyc: Credential
 ) -> None:
-    ((path, _),) = REVOKE.findall((await person.get(f"/service-users/{vkyc[0]}")).text)
-    assert "Type its label" not in text(await person.get(path))
+    ((path, _),) = REVOKE.findall((await operator_at_console.get(f"/service-users/{vkyc[0]}")).text)
+    assert "Type its label" not in text(await operator_at_console.get(path))
     assert await exchange(client, vkyc) == 200
     # Used since the question was asked: it is asked again.
-    assert (await person.post(path)).status_code == 422
-    ((path, _),) = REVOKE.findall((await person.get(f"/service-users/{vkyc[0]}")).text)
-    assert (await person.post(path, {"label": "first"})).status_code == 303
+    assert (await operator_at_console.post(path)).status_code == 422
+    ((path, _),) = REVOKE.findall((await operator_at_console.get(f"/service-users/{vkyc[0]}")).text)
+    assert (await operator_at_console.post(path, {"label": "first"})).status_code == 303
 
 
 async def test_whoever_would_sign_itself_out_is_told_so(
-    person: ConsoleClient, operator_credential: Credential
+    operator_at_console: ConsoleClient, operator_credential: Credential
 ) -> None:
-    page = await person.get(f"/service-users/{operator_credential[0]}")
+    page = await operator_at_console.get(f"/service-users/{operator_credential[0]}")
     ((path, _),) = REVOKE.findall(page.text)
-    assert "You are signed in with this credential" in text(await person.get(path))
-    answer = await person.post(path, {"label": "bootstrap"})
+    assert "You are signed in with this credential" in text(await operator_at_console.get(path))
+    answer = await operator_at_console.post(path, {"label": "bootstrap"})
     assert answer.status_code == 409
     assert "nobody who can administer" in text(answer)
 
 
 async def test_a_held_credential_is_confirmed_with_a_reason(
-    person: ConsoleClient, client: httpx.AsyncClient, vkyc: Credential, sql: SQL, records: Records
+    operator_at_console: ConsoleClient,
+    client: httpx.AsyncClient,
+    vkyc: Credential,
+    sql: SQL,
+    records: Records,
 ) -> None:
     await sql("UPDATE credentials SET held_at = now() WHERE service_user_id = $1", vkyc[0])
     await sql("UPDATE service_users SET version = version + 1 WHERE id = $1", vkyc[0])
-    page = await person.get(f"/service-users/{vkyc[0]}")
+    page = await operator_at_console.get(f"/service-users/{vkyc[0]}")
     assert "Held since the database was restored" in text(page)
     found = re.search(r'href="/console(/service-users/\w+/credentials/\w+/confirm)"', page.text)
     assert found
-    assert "may have been revoked after the backup" in text(await person.get(found[1]))
-    answer = await person.post(found[1], {"reason": "ok"})
+    assert "may have been revoked after the backup" in text(await operator_at_console.get(found[1]))
+    answer = await operator_at_console.post(found[1], {"reason": "ok"})
     assert answer.status_code == 422
     assert value(answer, "reason") == "ok"
-    assert (await person.post(found[1], {"reason": "known to be good"})).status_code == 303
+    assert (
+        await operator_at_console.post(found[1], {"reason": "known to be good"})
+    ).status_code == 303
     assert await exchange(client, vkyc) == 200
     (record,) = await records(action="credential.confirm", outcome="success")
     assert record["reason"] == "known to be good"
-    assert "There is nothing to do" in text(await person.get(found[1]))
+    assert "There is nothing to do" in text(await operator_at_console.get(found[1]))
 
 
 async def test_another_ones_credential_is_not_found(
-    person: ConsoleClient, vkyc: Credential, enrol: Enrol
+    operator_at_console: ConsoleClient, vkyc: Credential, enrol: Enrol
 ) -> None:
     other, _ = await enrol("other")
-    ((path, _),) = REVOKE.findall((await person.get(f"/service-users/{vkyc[0]}")).text)
+    ((path, _),) = REVOKE.findall((await operator_at_console.get(f"/service-users/{vkyc[0]}")).text)
     foreign = path.replace(vkyc[0], other)
-    for answer in (await person.get(foreign), await person.post(foreign)):
+    for answer in (await operator_at_console.get(foreign), await operator_at_console.post(foreign)):
         assert answer.status_code == 404
 
 
@@ -532,7 +646,7 @@ async def test_another_ones_credential_is_not_found(
 
 
 async def test_what_ends_and_is_needed_is_listed_and_counted(
-    person: ConsoleClient,
+    operator_at_console: ConsoleClient,
     client: httpx.AsyncClient,
     authority: Authority,
     enrol: Enrol,
@@ -543,7 +657,7 @@ async def test_what_ends_and_is_needed_is_listed_and_counted(
     moved, stuck, off, later = [await enrol(each) for each in ("moved", "stuck", "off", "later")]
     for credential in (moved, stuck):
         assert await exchange(client, credential) == 200
-        await new_credential(person, credential[0], "second")
+        await new_credential(operator_at_console, credential[0], "second")
     assert await exchange(client, stuck) == 200
     await operator.post(f"/api/v1/service-users/{off[0]}/disable")
     await sql(
@@ -555,7 +669,7 @@ async def test_what_ends_and_is_needed_is_listed_and_counted(
         "UPDATE credentials SET expires_at = now() + interval '20 days' WHERE service_user_id = $1",
         later[0],
     )
-    page = await person.get("/service-users/ending")
+    page = await operator_at_console.get("/service-users/ending")
     listed = re.findall(r">([a-z]+)</a></th>", page.text)
     assert (set(listed[:2]), listed[2:]) == ({"alone", "stuck"}, ["later"])
     assert "Branches branches@example.com" in text(page)
@@ -567,8 +681,12 @@ async def test_what_ends_and_is_needed_is_listed_and_counted(
 
 
 async def test_pages_lead_through_all_that_ends(
-    person: ConsoleClient, vkyc: Credential, sql: SQL
+    operator_at_console: ConsoleClient,
+    vkyc: Credential,
+    sql: SQL,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("service.authority.usage.ENDING_AT_A_TIME", 7)
     await sql(
         "INSERT INTO service_users"
         " SELECT 'su_' || lpad(translate(n::text, '0189', 'abcd'), 24, 'z'),"
@@ -587,17 +705,19 @@ async def test_pages_lead_through_all_that_ends(
     seen: list[str] = []
     path: str | None = "/service-users/ending"
     while path:
-        page = await person.get(path)
+        page = await operator_at_console.get(path)
         seen += re.findall(r">(many-\d+)</a></th>", page.text)
         following = re.search(r'href="/console([^"]+)" rel="next"', page.text)
         path = following[1] if following else None
     assert len(seen) == len(set(seen)) == 120
     assert [int(name[-1]) for name in seen] == sorted(int(name[-1]) for name in seen)
     assert (
-        await person.get("/service-users/ending?after=99999999999999.1.cr_x")
+        await operator_at_console.get("/service-users/ending?after=99999999999999.1.cr_x")
     ).status_code == 200
     assert (
-        await person.get(f"/service-users/ending?after=999999999999.000000.cr_{'a' * 24}")
+        await operator_at_console.get(
+            f"/service-users/ending?after=999999999999.000000.cr_{'a' * 24}"
+        )
     ).status_code == 200
 
 
@@ -698,21 +818,23 @@ async def test_nobody_raises_its_own_rights_here(
     assert len(listed.json()["credentials"]) == 1
 
 
-async def test_what_was_typed_stands_as_text(person: ConsoleClient) -> None:
+async def test_what_was_typed_stands_as_text(operator_at_console: ConsoleClient) -> None:
     payload = '"><script>alert(1)</script>'
     form = {**NEW, "owner": payload, "contact": payload, "description": payload}
-    created = await person.post("/service-users/new", form)
+    created = await operator_at_console.post("/service-users/new", form)
     path = created.headers["location"].removeprefix("/console").split("?")[0]
-    made = await person.post(f"{path}/credentials/new", {"label": payload, "lifetime": "30"})
-    revoke = REVOKE.search((await person.get(path)).text)
+    made = await operator_at_console.post(
+        f"{path}/credentials/new", {"label": payload, "lifetime": "30"}
+    )
+    revoke = REVOKE.search((await operator_at_console.get(path)).text)
     assert revoke
     for page in (
         made,
-        await person.get(path),
-        await person.get(f"{path}/change"),
-        await person.get(f"{path}/disable"),
-        await person.get(revoke[1]),
-        await person.get("/service-users"),
+        await operator_at_console.get(path),
+        await operator_at_console.get(f"{path}/change"),
+        await operator_at_console.get(f"{path}/disable"),
+        await operator_at_console.get(revoke[1]),
+        await operator_at_console.get("/service-users"),
     ):
         assert "<script>alert" not in page.text
         assert "&lt;script&gt;alert(1)" in page.text

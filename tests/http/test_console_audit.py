@@ -44,26 +44,6 @@ HOSTILE = "<script>alert(1)</script>\N{RIGHT-TO-LEFT OVERRIDE}gpj.exe\N{ZERO WID
 
 
 @pytest.fixture
-async def at_console(
-    client: httpx.AsyncClient, settings: Settings, operator_credential: Credential
-) -> ConsoleClient:
-    """The first operator, signed in."""
-    person = ConsoleClient(client, settings.issuer)
-    assert (await person.sign_in(operator_credential)).status_code == 303
-    return person
-
-
-@pytest.fixture
-async def integrator(
-    client: httpx.AsyncClient, settings: Settings, vkyc: Credential
-) -> ConsoleClient:
-    """Somebody of vkyc-prod, signed in with its credential."""
-    person = ConsoleClient(client, settings.issuer)
-    assert (await person.sign_in(vkyc)).status_code == 303
-    return person
-
-
-@pytest.fixture
 async def token(client: httpx.AsyncClient, vkyc: Credential) -> str:
     """A token of vkyc-prod."""
     return await exchanged(client, vkyc)
@@ -170,36 +150,36 @@ async def until(look: Callable[[], Awaitable[httpx.Response]], text: str) -> htt
 
 
 async def test_the_pages_lead_through_the_whole_log_the_newest_first_and_nothing_comes_twice(
-    at_console: ConsoleClient, report: Report, token: str, records: Records
+    operator_at_console: ConsoleClient, report: Report, token: str, records: Records
 ) -> None:
     await report(token, 2 * PAGE + 7)
     expected = [record["id"] for record in await records(2 * PAGE + 7, actor="ingest")][::-1]
     seen: list[str] = []
-    first = answer = await at_console.get("/audit?actor=ingest&service_user=&since=")
+    first = answer = await operator_at_console.get("/audit?actor=ingest&service_user=&since=")
     while True:
         assert answer.status_code == 200
         seen += rows(answer)
         if ">Older<" not in answer.text:
             break
         assert len(rows(answer)) == PAGE
-        answer = await at_console.get(link(answer, "Older"))
+        answer = await operator_at_console.get(link(answer, "Older"))
     assert seen == expected
     assert ">Newest<" not in first.text
-    assert rows(await at_console.get(link(answer, "Newest"))) == expected[:PAGE]
+    assert rows(await operator_at_console.get(link(answer, "Newest"))) == expected[:PAGE]
 
 
 async def test_a_page_of_exactly_all_records_has_no_older_ones(
-    at_console: ConsoleClient, report: Report, token: str, records: Records
+    operator_at_console: ConsoleClient, report: Report, token: str, records: Records
 ) -> None:
     await report(token, PAGE)
     await records(PAGE, actor="ingest")
-    answer = await at_console.get("/audit?actor=ingest")
+    answer = await operator_at_console.get("/audit?actor=ingest")
     assert len(rows(answer)) == PAGE
     assert ">Older<" not in answer.text
 
 
 async def test_every_filter_of_the_log_is_one_of_the_console_and_finds_what_the_api_finds(
-    at_console: ConsoleClient,
+    operator_at_console: ConsoleClient,
     operator: httpx.AsyncClient,
     client: httpx.AsyncClient,
     report: Report,
@@ -239,7 +219,7 @@ async def test_every_filter_of_the_log_is_one_of_the_console_and_finds_what_the_
             "/api/v1/audit-records", params={name: value, "order": "desc", "limit": PAGE}
         )
         assert found.status_code == 200, found.text
-        answer = await at_console.get(f"/audit?{urlencode({name: value})}")
+        answer = await operator_at_console.get(f"/audit?{urlencode({name: value})}")
         expected = [record["id"] for record in found.json()["records"]]
         assert rows(answer) == expected, name
         assert f'value="{html.escape(value)}"' in answer.text or f"selected>{value}" in answer.text
@@ -265,18 +245,18 @@ async def test_every_filter_of_the_log_is_one_of_the_console_and_finds_what_the_
     ],
 )
 async def test_a_filter_that_cannot_be_is_told_beside_its_field_and_stays_there(
-    at_console: ConsoleClient, name: str, value: str, says: str
+    operator_at_console: ConsoleClient, name: str, value: str, says: str
 ) -> None:
     query = urlencode({name: value, "department": "retail"})
     for path in ("/audit", "/audit/tail"):
-        answer = await at_console.get(f"{path}?{query}")
+        answer = await operator_at_console.get(f"{path}?{query}")
         assert answer.status_code == 422
         field = re.search(rf'id="{name}-says"[^>]*><strong>([^<]*)', answer.text)
         assert field is not None
         assert says in html.unescape(field[1])
         assert 'value="retail"' in answer.text
         assert rows(answer) == []
-    assert (await at_console.get(f"/audit/export?format=csv&{query}")).status_code == 400
+    assert (await operator_at_console.get(f"/audit/export?format=csv&{query}")).status_code == 400
 
 
 @pytest.mark.parametrize(
@@ -292,7 +272,7 @@ async def test_a_filter_that_cannot_be_is_told_beside_its_field_and_stays_there(
     ],
 )
 async def test_times_are_in_utc_or_back_from_now(
-    at_console: ConsoleClient, records: Records, since: str, until: str, found: bool
+    operator_at_console: ConsoleClient, records: Records, since: str, until: str, found: bool
 ) -> None:
     (record,) = await records(action="operator.bootstrap")
     at = datetime.fromisoformat(record["recorded_at"])
@@ -307,7 +287,7 @@ async def test_times_are_in_utc_or_back_from_now(
         "until": until.format(**written),
         "action": "operator.bootstrap",
     }
-    answer = await at_console.get(f"/audit?{urlencode(query)}")
+    answer = await operator_at_console.get(f"/audit?{urlencode(query)}")
     assert (rows(answer) == [record["id"]]) is found
 
 
@@ -316,14 +296,14 @@ async def test_times_are_in_utc_or_back_from_now(
     ["cursor=1", "cursor=1.x", "action=a.b&action=c.d", "resource=%ff", "cursor=%27;--", "x=1"],
 )
 async def test_an_address_that_no_link_makes_leads_nowhere_and_breaks_nothing(
-    at_console: ConsoleClient, query: str
+    operator_at_console: ConsoleClient, query: str
 ) -> None:
-    answer = await at_console.get(f"/audit?{query}")
+    answer = await operator_at_console.get(f"/audit?{query}")
     assert answer.status_code == (200 if query == "x=1" else 400)
 
 
 async def test_what_others_chose_is_text_and_cannot_steer_the_page(
-    at_console: ConsoleClient, report: Report, token: str, records: Records
+    operator_at_console: ConsoleClient, report: Report, token: str, records: Records
 ) -> None:
     await report(
         token, resource=HOSTILE, department=HOSTILE, user_agent=HOSTILE, request_id=HOSTILE
@@ -335,7 +315,7 @@ async def test_what_others_chose_is_text_and_cannot_steer_the_page(
         "/audit/tail",
         f"/audit/records/{record['id']}",
     ):
-        answer = await at_console.get(path)
+        answer = await operator_at_console.get(path)
         assert record["id"] in answer.text
         assert "<script>alert" not in answer.text
         assert "\N{RIGHT-TO-LEFT OVERRIDE}" not in answer.text.partition('id="proof"')[0]
@@ -343,7 +323,7 @@ async def test_what_others_chose_is_text_and_cannot_steer_the_page(
 
 
 async def test_the_largest_page_that_others_can_fill_stays_under_100_kilobytes(
-    at_console: ConsoleClient, report: Report, token: str, records: Records
+    operator_at_console: ConsoleClient, report: Report, token: str, records: Records
 ) -> None:
     await report(
         token,
@@ -354,17 +334,17 @@ async def test_the_largest_page_that_others_can_fill_stays_under_100_kilobytes(
         client_address="f" * 64,
     )
     await records(PAGE + 1, actor="ingest")
-    page = await at_console.get("/audit?actor=ingest")
+    page = await operator_at_console.get("/audit?actor=ingest")
     assert len(rows(page)) == PAGE
     assets = set(re.findall(r'(?:href|src)="(/console/static/[^"]+)"', page.text))
-    files = [await at_console.get(path.removeprefix("/console")) for path in assets]
+    files = [await operator_at_console.get(path.removeprefix("/console")) for path in assets]
     assert all(each.status_code == 200 for each in files)
     weight = len(page.content) + sum(len(each.content) for each in files)
     assert weight < 100_000
 
 
 async def test_tokens_that_were_never_issued_stand_on_top_with_their_keys_and_what_to_do(
-    at_console: ConsoleClient,
+    operator_at_console: ConsoleClient,
     integrator: ConsoleClient,
     report: Report,
     token: str,
@@ -373,13 +353,13 @@ async def test_tokens_that_were_never_issued_stand_on_top_with_their_keys_and_wh
     settings: Settings,
     sql: SQL,
 ) -> None:
-    assert "never issued here" not in words(await at_console.get("/audit"))
+    assert "never issued here" not in words(await operator_at_console.get("/audit"))
     leaked, foreign = (forged(key, settings) for key in (rsa_keys[0], rsa_keys[3]))
     await report(leaked)
     await report(foreign)
     (alarm,) = await records(action="token.forged")
     (claim,) = await records(action="token.unknown")
-    answer = await at_console.get("/audit?action=token.mint")
+    answer = await operator_at_console.get("/audit?action=token.mint")
     assert rows(answer) == []
     said = words(answer)
     assert "Forged: a signing key is in other hands" in said
@@ -388,18 +368,18 @@ async def test_tokens_that_were_never_issued_stand_on_top_with_their_keys_and_wh
         assert f"key {record['kid']}" in said
         assert f'href="/console/audit/records/{record["id"]}"' in answer.text
     assert "signing key is in other hands" in words(
-        await at_console.get(f"/audit/records/{alarm['id']}")
+        await operator_at_console.get(f"/audit/records/{alarm['id']}")
     )
     assert "never issued here" not in words(await integrator.get("/audit"))
     await sql("UPDATE audit_records SET recorded_at = recorded_at - interval '7 days'")
-    assert "never issued here" not in words(await at_console.get("/audit"))
+    assert "never issued here" not in words(await operator_at_console.get("/audit"))
 
 
 # One record
 
 
 async def test_a_record_is_shown_with_the_story_of_its_token_and_is_verified_anew(
-    at_console: ConsoleClient,
+    operator_at_console: ConsoleClient,
     report: Report,
     token: str,
     records: Records,
@@ -408,7 +388,7 @@ async def test_a_record_is_shown_with_the_story_of_its_token_and_is_verified_ane
     await report(token, 2)
     (issuance, *calls) = await records(3, jti=jti_of(token))
     path = f"/audit/records/{calls[0]['id']}"
-    answer = await until(lambda: at_console.get(path), "In the log: verified")
+    answer = await until(lambda: operator_at_console.get(path), "In the log: verified")
     said = words(answer)
     for name, value in calls[0].items():
         if isinstance(value, str) and name not in (
@@ -423,22 +403,22 @@ async def test_a_record_is_shown_with_the_story_of_its_token_and_is_verified_ane
 
 
 async def test_a_record_of_no_token_has_no_story(
-    at_console: ConsoleClient, records: Records
+    operator_at_console: ConsoleClient, records: Records
 ) -> None:
     (record,) = await records(action="operator.bootstrap")
-    answer = await at_console.get(f"/audit/records/{record['id']}")
+    answer = await operator_at_console.get(f"/audit/records/{record['id']}")
     assert answer.status_code == 200
     assert rows(answer) == []
 
 
 async def test_what_was_erased_is_said_to_be_and_the_record_still_verifies(
-    at_console: ConsoleClient, report: Report, token: str, records: Records, sql: SQL
+    operator_at_console: ConsoleClient, report: Report, token: str, records: Records, sql: SQL
 ) -> None:
     await report(token)
     (record,) = await records(actor="ingest")
     await sql("DELETE FROM audit_personal WHERE id = $1", record["id"])
     path = f"/audit/records/{record['id']}"
-    answer = await until(lambda: at_console.get(path), "In the log: verified")
+    answer = await until(lambda: operator_at_console.get(path), "In the log: verified")
     assert "were erased" in words(answer)
     assert "192.0.2.7" not in answer.text
 
@@ -461,7 +441,7 @@ async def test_what_was_erased_is_said_to_be_and_the_record_still_verifies(
     ],
 )
 async def test_a_record_that_was_changed_is_told_in_red(
-    at_console: ConsoleClient,
+    operator_at_console: ConsoleClient,
     report: Report,
     token: str,
     records: Records,
@@ -472,42 +452,44 @@ async def test_a_record_that_was_changed_is_told_in_red(
     await report(token)
     (record,) = await records(actor="ingest")
     path = f"/audit/records/{record['id']}"
-    await until(lambda: at_console.get(path), "In the log: verified")
+    await until(lambda: operator_at_console.get(path), "In the log: verified")
     await sql(tampering, record["id"])
-    answer = await at_console.get(path)
+    answer = await operator_at_console.get(path)
     assert "Not verified" in words(answer)
     assert says in words(answer)
     assert '<section class="notice bad"' in answer.text
 
 
 async def test_a_record_beside_a_leaf_that_was_replaced_does_not_lead_to_the_signed_root(
-    at_console: ConsoleClient, report: Report, token: str, records: Records, sql: SQL
+    operator_at_console: ConsoleClient, report: Report, token: str, records: Records, sql: SQL
 ) -> None:
     await report(token, 2)
     first, second = await records(2, actor="ingest")
     path = f"/audit/records/{first['id']}"
-    await until(lambda: at_console.get(path), "In the log: verified")
+    await until(lambda: operator_at_console.get(path), "In the log: verified")
     await sql("UPDATE audit_leaves SET leaf_hash = sha256('another') WHERE id = $1", second["id"])
-    answer = await until(lambda: at_console.get(path), "Not verified")
+    answer = await until(lambda: operator_at_console.get(path), "Not verified")
     assert "newest checkpoint" in words(answer)
 
 
 async def test_a_log_that_was_cut_is_told_on_every_record(
-    at_console: ConsoleClient, report: Report, token: str, records: Records, sql: SQL
+    operator_at_console: ConsoleClient, report: Report, token: str, records: Records, sql: SQL
 ) -> None:
     await report(token)
     (record,) = await records(actor="ingest")
     (first,) = await records(action="operator.bootstrap")
     last = f"/audit/records/{record['id']}"
-    await until(lambda: at_console.get(last), "In the log: verified")
+    await until(lambda: operator_at_console.get(last), "In the log: verified")
     await sql("DELETE FROM audit_checkpoints")
     await sql("DELETE FROM audit_leaves WHERE leaf_index > 1")
-    answer = await until(lambda: at_console.get(f"/audit/records/{first['id']}"), "Not verified")
+    answer = await until(
+        lambda: operator_at_console.get(f"/audit/records/{first['id']}"), "Not verified"
+    )
     assert "Restored or cut" in words(answer)
 
 
 async def test_a_record_without_a_place_waits_a_moment_and_is_told_in_red_after_a_minute(
-    at_console: ConsoleClient,
+    operator_at_console: ConsoleClient,
     authority: Authority,
     client: httpx.AsyncClient,
     vkyc: Credential,
@@ -525,25 +507,27 @@ async def test_a_record_without_a_place_waits_a_moment_and_is_told_in_red_after_
     jti = jti_of(await exchanged(client, vkyc))
     (record,) = await records(jti=jti)
     path = f"/audit/records/{record['id']}"
-    assert "not in the log's tree yet" in words(await at_console.get(path))
+    assert "not in the log's tree yet" in words(await operator_at_console.get(path))
     await sql("UPDATE audit_records SET recorded_at = now() - interval '2 minutes'")
-    assert "should have had its place" in words(await at_console.get(path))
+    assert "should have had its place" in words(await operator_at_console.get(path))
 
 
-async def test_there_is_no_page_of_a_record_that_there_is_not(at_console: ConsoleClient) -> None:
+async def test_there_is_no_page_of_a_record_that_there_is_not(
+    operator_at_console: ConsoleClient,
+) -> None:
     for path in (NOBODYS, "x", f"{NOBODYS}/x"):
-        assert (await at_console.get(f"/audit/records/{path}")).status_code == 404
+        assert (await operator_at_console.get(f"/audit/records/{path}")).status_code == 404
 
 
 # The log as it grows
 
 
 async def test_who_looks_again_sees_every_record_once(
-    at_console: ConsoleClient, report: Report, token: str, records: Records
+    operator_at_console: ConsoleClient, report: Report, token: str, records: Records
 ) -> None:
     await report(token, 3)
     before = [record["id"] for record in await records(3, actor="ingest")]
-    answer = await at_console.get("/audit/tail?actor=ingest")
+    answer = await operator_at_console.get("/audit/tail?actor=ingest")
     assert rows(answer) == before[::-1]
     seen = list(before)
     for count in (0, 1, 130):
@@ -551,7 +535,7 @@ async def test_who_looks_again_sees_every_record_once(
             await report(token, count)
         everything = [r["id"] for r in await records(len(seen) + count, actor="ingest")]
         while True:
-            answer = await at_console.get(link(answer, "Look again"))
+            answer = await operator_at_console.get(link(answer, "Look again"))
             seen += rows(answer)[::-1]
             if not rows(answer):
                 break
@@ -560,35 +544,37 @@ async def test_who_looks_again_sees_every_record_once(
 
 
 async def test_the_rows_for_an_open_page_are_those_of_the_page_itself(
-    at_console: ConsoleClient, report: Report, token: str, records: Records
+    operator_at_console: ConsoleClient, report: Report, token: str, records: Records
 ) -> None:
-    begun = await at_console.get("/audit/tail?actor=ingest")
+    begun = await operator_at_console.get("/audit/tail?actor=ingest")
     assert rows(begun) == []
     await report(token, 2)
     expected = [record["id"] for record in await records(2, actor="ingest")][::-1]
     then = re.search(r'data-tail="/console([^"]+)"', begun.text)
     assert then is not None
-    answer = await at_console.get(html.unescape(then[1]))
-    assert rows(answer) == expected == rows(await at_console.get(link(begun, "Look again")))
+    answer = await operator_at_console.get(html.unescape(then[1]))
+    assert (
+        rows(answer) == expected == rows(await operator_at_console.get(link(begun, "Look again")))
+    )
     assert "data-full" not in answer.text
-    assert (await at_console.get("/audit/tail/next?actor=ingest")).status_code == 400
+    assert (await operator_at_console.get("/audit/tail/next?actor=ingest")).status_code == 400
 
 
 # Files
 
 
 async def test_an_export_is_what_the_api_exports_and_is_on_record(
-    at_console: ConsoleClient, report: Report, token: str, records: Records
+    operator_at_console: ConsoleClient, report: Report, token: str, records: Records
 ) -> None:
     await report(token, 3)
     expected = [record["id"] for record in await records(3, actor="ingest")]
-    page = await at_console.get("/audit?actor=ingest")
-    answer = await at_console.get(link(page, "Export NDJSON"))
+    page = await operator_at_console.get("/audit?actor=ingest")
+    answer = await operator_at_console.get(link(page, "Export NDJSON"))
     assert answer.headers["content-type"] == "application/x-ndjson"
     header, *lines = map(json.loads, answer.text.splitlines())
     assert "checkpoint" in header
     assert [line["id"] for line in lines] == expected
-    table = await at_console.get(link(page, "Export CSV"))
+    table = await operator_at_console.get(link(page, "Export CSV"))
     assert table.headers["content-type"].startswith("text/csv")
     assert len(table.text.splitlines()) == 4
     for file in (answer, table):
@@ -598,7 +584,7 @@ async def test_an_export_is_what_the_api_exports_and_is_on_record(
     exports = await records(2, action="audit.export", outcome="success")
     assert [record["details"]["format"] for record in exports] == ["ndjson", "csv"]
     assert all(record["actor"] == "operator" for record in exports)
-    assert (await at_console.get("/audit/export?format=xlsx")).status_code == 422
+    assert (await operator_at_console.get("/audit/export?format=xlsx")).status_code == 422
 
 
 # Who may read what
@@ -642,6 +628,26 @@ async def test_an_integrator_reads_what_is_on_record_of_itself(
         lambda: integrator.get(f"/audit/records/{called['id']}"), "In the log: verified"
     )
     assert rows(page) == [r["id"] for r in await records(2, jti=jti_of(token))]
+
+
+async def test_an_integrator_sees_which_operator_acted_and_not_from_where(
+    integrator: ConsoleClient, operator: httpx.AsyncClient, vkyc: Credential, records: Records
+) -> None:
+    await operator.post(
+        f"/api/v1/service-users/{vkyc[0]}/enable", headers={"User-Agent": "desk-of-an-operator"}
+    )
+    (record,) = await records(action="service_user.enable")
+    assert record["user_agent"] == "desk-of-an-operator"
+    page = await until(
+        lambda: integrator.get(f"/audit/records/{record['id']}"), "In the log: verified"
+    )
+    assert "Done or reported by operator" in words(page)
+    assert "desk-of-an-operator" not in page.text
+    assert (
+        record["client_address"] not in words(page).partition("From where")[2].partition("Token")[0]
+    )
+    (own,) = await records(action="token.issue", service_user="vkyc-prod")
+    assert own["client_address"] in words(await integrator.get(f"/audit/records/{own['id']}"))
 
 
 async def test_no_parameter_leads_an_integrator_to_the_record_of_another(

@@ -34,16 +34,6 @@ def stranger(client: httpx.AsyncClient, settings: Settings) -> ConsoleClient:
 
 
 @pytest.fixture
-async def at_console(
-    client: httpx.AsyncClient, settings: Settings, operator_credential: Credential
-) -> ConsoleClient:
-    """The first operator, signed in."""
-    person = ConsoleClient(client, settings.issuer)
-    assert (await person.sign_in(operator_credential)).status_code == 303
-    return person
-
-
-@pytest.fixture
 def offer(operator: httpx.AsyncClient, vkyc: Credential) -> Offer:
     """Hand a credential over to vkyc-prod: its id, and the code in its link."""
 
@@ -121,7 +111,7 @@ async def test_the_whole_link_is_as_good_as_its_code(
 async def test_a_second_opening_is_refused_on_record_and_shown_to_operators(
     stranger: ConsoleClient,
     offer: Offer,
-    at_console: ConsoleClient,
+    operator_at_console: ConsoleClient,
     operator: httpx.AsyncClient,
     vkyc: Credential,
     records: Records,
@@ -130,8 +120,8 @@ async def test_a_second_opening_is_refused_on_record_and_shown_to_operators(
     credential_id, code = await offer(label="<b>by link</b>")
     place = f"/service-users/{vkyc[0]}"
     assert (await stranger.post("/hand-over", {"code": code})).status_code == 200
-    assert "opened twice" not in text_of(await at_console.get(place))
-    assert "hand-over was opened a second time" not in text_of(await at_console.get("/"))
+    assert "opened twice" not in text_of(await operator_at_console.get(place))
+    assert "hand-over was opened a second time" not in text_of(await operator_at_console.get("/"))
     second = await stranger.post("/hand-over", {"code": code})
     assert second.status_code == 409
     assert not SECRET.search(second.text)
@@ -141,16 +131,37 @@ async def test_a_second_opening_is_refused_on_record_and_shown_to_operators(
     assert record["service_user_id"] == vkyc[0]
     assert record["client_address"] == "127.0.0.1"
 
-    shown = await at_console.get(place)
+    shown = await operator_at_console.get(place)
     assert "A link was opened twice" in text_of(shown)
     assert "from 127.0.0.1, and again" in text_of(shown)
     assert "<b>by link</b>" not in shown.text
-    assert "hand-over was opened a second time" in text_of(await at_console.get("/"))
+    assert "hand-over was opened a second time" in text_of(await operator_at_console.get("/"))
     other, _ = await enrol("other")
-    assert "opened twice" not in text_of(await at_console.get(f"/service-users/{other}"))
+    assert "opened twice" not in text_of(await operator_at_console.get(f"/service-users/{other}"))
     assert (await operator.post(f"/api/v1{place}/credentials/{credential_id}/revoke")).is_success
-    assert "opened twice" not in text_of(await at_console.get(place))
-    assert "hand-over was opened a second time" not in text_of(await at_console.get("/"))
+    assert "opened twice" not in text_of(await operator_at_console.get(place))
+    assert "hand-over was opened a second time" not in text_of(await operator_at_console.get("/"))
+
+
+async def test_a_page_that_was_loaded_again_is_told_from_somebody_else(
+    stranger: ConsoleClient, offer: Offer, operator_at_console: ConsoleClient, vkyc: Credential
+) -> None:
+    _, code = await offer()
+    place = f"/service-users/{vkyc[0]}"
+    assert (await stranger.post("/hand-over", {"code": code}, User_Agent="one")).status_code == 200
+    again = await stranger.post("/hand-over", {"code": code}, User_Agent="one")
+    assert "opens once" in text_of(again)
+    assert "<form" not in again.text.partition("<main")[2]
+    shown = await operator_at_console.get(place)
+    assert 'class="notice warn" role="alert"' in shown.text
+    assert "most likely the page was loaded again" in text_of(shown)
+    # One other among them is enough.
+    await stranger.post("/hand-over", {"code": code}, User_Agent="two")
+    await stranger.post("/hand-over", {"code": code}, User_Agent="one")
+    shown = await operator_at_console.get(place)
+    assert 'class="notice bad" role="alert"' in shown.text
+    assert "loaded again" not in text_of(shown)
+    assert "refused (3 times)" in text_of(shown)
 
 
 async def test_of_two_who_open_a_link_at_once_one_gets_a_secret(
@@ -263,15 +274,35 @@ async def test_whoever_may_not_make_a_credential_may_not_hand_one_over(
 
 
 async def test_an_operator_makes_a_link_at_the_console(
-    at_console: ConsoleClient, vkyc: Credential, stranger: ConsoleClient, settings: Settings
+    operator_at_console: ConsoleClient,
+    vkyc: Credential,
+    stranger: ConsoleClient,
+    settings: Settings,
 ) -> None:
     place = f"/service-users/{vkyc[0]}/hand-over"
-    assert "Hand over a credential of vkyc-prod" in text_of(await at_console.get(place))
-    made = await at_console.post(place, {"label": "branch 7", "lifetime": "30"})
+    assert "Hand over a credential of vkyc-prod" in text_of(await operator_at_console.get(place))
+    made = await operator_at_console.post(place, {"label": "branch 7", "lifetime": "30"})
     assert made.status_code == 200
     (link,) = set(re.findall(re.escape(settings.issuer) + r"/console/hand-over#\w{43}", made.text))
     assert "A second opening is refused" in text_of(made)
     assert (await stranger.post("/hand-over", {"code": link})).status_code == 200
+
+
+async def test_a_form_that_is_sent_again_makes_no_second_link(
+    operator_at_console: ConsoleClient, operator: httpx.AsyncClient, vkyc: Credential
+) -> None:
+    place = f"/service-users/{vkyc[0]}/hand-over"
+    found = re.search(
+        'name="credential_id" value="([^"]+)"', (await operator_at_console.get(place)).text
+    )
+    assert found
+    form = {"label": "branch 7", "lifetime": "30", "credential_id": found[1]}
+    assert (await operator_at_console.post(place, form)).status_code == 200
+    again = await operator_at_console.post(place, form)
+    assert (again.status_code, "hand-over#" in again.text) == (409, False)
+    assert "This credential was made already" in text_of(again)
+    listed = (await operator.get(f"{USERS}/{vkyc[0]}/credentials")).json()["credentials"]
+    assert [each["id"] for each in listed if each["label"] == "branch 7"] == [found[1]]
 
 
 @pytest.mark.parametrize(
@@ -283,13 +314,13 @@ async def test_an_operator_makes_a_link_at_the_console(
     ],
 )
 async def test_what_was_typed_is_still_there_beside_what_is_wrong(
-    at_console: ConsoleClient,
+    operator_at_console: ConsoleClient,
     vkyc: Credential,
     records: Records,
     typed: dict[str, str],
     says: str,
 ) -> None:
-    answer = await at_console.post(f"/service-users/{vkyc[0]}/hand-over", typed)
+    answer = await operator_at_console.post(f"/service-users/{vkyc[0]}/hand-over", typed)
     assert answer.status_code == 422
     assert says in text_of(answer)
     assert f'value="{html.escape(typed["label"])}"' in answer.text
@@ -300,12 +331,12 @@ async def test_what_was_typed_is_still_there_beside_what_is_wrong(
 
 
 async def test_too_many_credentials_are_told_in_the_form(
-    at_console: ConsoleClient, vkyc: Credential, offer: Offer
+    operator_at_console: ConsoleClient, vkyc: Credential, offer: Offer
 ) -> None:
     for _ in range(9):
         await offer()
     place = f"/service-users/{vkyc[0]}/hand-over"
-    answer = await at_console.post(place, {"label": "eleventh", "lifetime": "30"})
+    answer = await operator_at_console.post(place, {"label": "eleventh", "lifetime": "30"})
     assert answer.status_code == 409
     assert "that is the most" in text_of(answer)
     assert 'value="eleventh"' in answer.text

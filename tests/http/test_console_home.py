@@ -33,25 +33,9 @@ HOLD = "UPDATE credentials SET held_at = clock_timestamp() WHERE service_user_id
 
 SIX_MORE = (
     "INSERT INTO credentials (id, service_user_id, label, secret_sha256, created_at, expires_at)"
-    " SELECT 'cr_' || repeat(chr(97 + n), 24), $1, 'copy ' || n, sha256(n::text::bytea), now(),"
-    " now() + interval '9 days' FROM generate_series(1, 6) n"
+    " SELECT 'cr_' || repeat(chr(97 + n), 24), $1, 'copy ' || n, sha256(n::text::bytea),"
+    " now() - interval '1 day', now() + interval '9 days' FROM generate_series(1, 6) n"
 )
-
-
-@pytest.fixture
-def new_person(client: httpx.AsyncClient, settings: Settings) -> Callable[[], ConsoleClient]:
-    """Somebody who has not signed in."""
-    return lambda: ConsoleClient(client, settings.issuer)
-
-
-@pytest.fixture
-async def person(
-    new_person: Callable[[], ConsoleClient], operator_credential: Credential
-) -> ConsoleClient:
-    """The first operator, signed in."""
-    person = new_person()
-    assert (await person.sign_in(operator_credential)).status_code == 303
-    return person
 
 
 async def home(person: ConsoleClient) -> str:
@@ -72,17 +56,32 @@ async def shown(person: ConsoleClient, words: str) -> str:
     return said
 
 
-async def test_a_fresh_installation_is_well_and_says_what_was_looked_at(
-    person: ConsoleClient,
+async def test_the_address_without_a_path_leads_a_browser_to_the_console_and_programs_nowhere(
+    client: httpx.AsyncClient,
 ) -> None:
-    said = await shown(person, "The newest checkpoint is over")
+    browser = await client.get("/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+    assert (browser.status_code, browser.headers["location"]) == (303, "/console")
+    for accepted in ({}, {"Accept": "*/*"}, {"Accept": "application/json"}):
+        program = await client.get("/", headers=accepted)
+        assert program.status_code == 404
+        assert program.headers["content-type"] == "application/problem+json"
+
+
+async def test_a_fresh_installation_is_well_and_says_what_was_looked_at(
+    operator_at_console: ConsoleClient,
+) -> None:
+    said = await shown(operator_at_console, "The newest checkpoint is over")
     assert said.startswith(f"Home {WELL}")
     assert "Looked at just now: signing keys, credentials, the audit log." in said
     assert "Refused" not in said
 
 
 async def test_credentials_that_end_within_thirty_days_are_named_the_next_one_first(
-    person: ConsoleClient, enrol: Enrol, vkyc: Credential, client: httpx.AsyncClient, sql: SQL
+    operator_at_console: ConsoleClient,
+    enrol: Enrol,
+    vkyc: Credential,
+    client: httpx.AsyncClient,
+    sql: SQL,
 ) -> None:
     later = await enrol("document-service", scopes=["ingest:write"])
     disabled = await enrol("gone", scopes=["ingest:write"])
@@ -90,17 +89,17 @@ async def test_credentials_that_end_within_thirty_days_are_named_the_next_one_fi
     for credential, ends in ((vkyc, "3 days"), (later, "29 days"), (disabled, "1 day")):
         await sql(END_IN, credential[0], ends)
     await sql("UPDATE service_users SET status = 'disabled' WHERE id = $1", disabled[0])
-    said = await home(person)
+    said = await home(operator_at_console)
     assert WELL not in said
-    assert re.search(r"vkyc-prod first in 2 days \d+ s ago document-service first", said)
-    assert re.search(r"document-service first in 28 days never", said)
+    assert re.search(r"vkyc-prod first in 3 days \d+ s ago document-service first", said)
+    assert re.search(r"document-service first in 29 days never", said)
     assert "gone" not in said
     await sql(END_IN, later[0], "31 days")
-    assert "document-service" not in await home(person)
+    assert "document-service" not in await home(operator_at_console)
 
 
 async def test_a_credential_that_was_replaced_is_named_only_while_it_is_used(
-    person: ConsoleClient,
+    operator_at_console: ConsoleClient,
     operator: httpx.AsyncClient,
     vkyc: Credential,
     client: httpx.AsyncClient,
@@ -112,64 +111,71 @@ async def test_a_credential_that_was_replaced_is_named_only_while_it_is_used(
         f"/api/v1/service-users/{vkyc[0]}/credentials", json={"label": "second"}
     )
     assert made.status_code == 201
-    assert WELL in await home(person), "it is replaced, and nobody used it since"
+    assert WELL in await home(operator_at_console), "it is replaced, and nobody used it since"
     await client.post("/oauth/token", auth=vkyc, data=GRANT)
-    said = await shown(person, "Credentials end within 30 days")
+    said = await shown(operator_at_console, "Credentials end within 30 days")
     assert "although a newer one exists since" in said
     await sql("UPDATE credentials SET revoked_at = clock_timestamp() WHERE label = 'second'")
-    assert "although a newer one" not in await home(person)
+    assert "although a newer one" not in await home(operator_at_console)
 
 
 async def test_more_than_ten_are_ten_and_a_way_to_the_others(
-    person: ConsoleClient, vkyc: Credential, sql: SQL
+    operator_at_console: ConsoleClient, vkyc: Credential, sql: SQL
 ) -> None:
     await sql(SIX_MORE.replace("6)", "12)"), vkyc[0])
     await sql(END_IN, vkyc[0], "8 days")
-    said = await home(person)
+    said = await home(operator_at_console)
     assert said.count("copy") == 9, "after the one that ends before them"
-    assert "There are more: see API keys" in said
+    assert (await operator_at_console.get("/service-users/ending")).text.count("copy") == 12
+    assert "See all that end" in said
 
 
 async def test_so_many_that_not_all_are_looked_at_are_never_well(
-    person: ConsoleClient, vkyc: Credential, monkeypatch: pytest.MonkeyPatch, sql: SQL
+    operator_at_console: ConsoleClient, vkyc: Credential, monkeypatch: pytest.MonkeyPatch, sql: SQL
 ) -> None:
     await sql(SIX_MORE, vkyc[0])
-    assert WELL in await home(person), "all are replaced by the one that stays"
+    assert WELL in await home(operator_at_console), "all are replaced by the one that stays"
+    assert "copy" not in (await operator_at_console.get("/service-users/ending")).text
     monkeypatch.setattr("service.authority.attention.ENDING_LOOKED_AT", 6)
-    said = await home(person)
+    said = await home(operator_at_console)
     assert WELL not in said
-    assert "There are more: see API keys" in said
+    assert "See all that end" in said
 
 
 async def test_held_credentials_are_named_with_the_way_to_confirm_them(
-    person: ConsoleClient, vkyc: Credential, sql: SQL
+    operator_at_console: ConsoleClient, vkyc: Credential, sql: SQL
 ) -> None:
     await sql(HOLD, vkyc[0])
-    said = await home(person)
+    said = await home(operator_at_console)
     assert "Credentials are held" in said
     assert "vkyc-prod: first" in said
-    assert f'href="/console/service-users/{vkyc[0]}"' in (await person.get("/")).text
+    assert f'href="/console/service-users/{vkyc[0]}"' in (await operator_at_console.get("/")).text
     assert WELL not in said
 
 
 async def test_refusals_are_counted_by_reason_for_a_day_and_are_no_alarm(
-    person: ConsoleClient, vkyc: Credential, client: httpx.AsyncClient, sql: SQL
+    operator_at_console: ConsoleClient, vkyc: Credential, client: httpx.AsyncClient, sql: SQL
 ) -> None:
     for _ in range(2):
         await client.post("/oauth/token", auth=(vkyc[0], "pvs_wrong"), data=GRANT)
     await client.post("/oauth/token", auth=vkyc, data={**GRANT, "scope": "search:all"})
-    said = await shown(person, "wrong_secret 2 vkyc-prod")
-    assert "invalid_scope 1 vkyc-prod" in said
+    await operator_at_console.post(f"/service-users/{vkyc[0]}/credentials/new", {"label": ""})
+    said = await shown(operator_at_console, "invalid A field did not have its form. 1 vkyc-prod")
+    exchanges, mistakes = said.split("Mistakes in forms, commands and calls")
+    means = "The client id is known, and the secret is none of its own."
+    assert f"wrong_secret {means} 2 vkyc-prod" in exchanges
+    assert re.search("invalid_scope The exchange asked .* 1 vkyc-prod", exchanges)
+    assert "wrong_secret" not in mistakes
     assert WELL in said
     assert (
         'href="/console/audit?outcome=refused&amp;reason=wrong_secret"'
-        in (await person.get("/")).text
+        in (await operator_at_console.get("/")).text
     )
     await sql(
         "UPDATE audit_records SET recorded_at = recorded_at - interval '25 hours'"
         " WHERE outcome = 'refused'"
     )
-    assert "wrong_secret" not in await home(person)
+    assert "wrong_secret" not in await home(operator_at_console)
 
 
 def reported(action: str, **fields: Any) -> AuditRecord:
@@ -183,27 +189,29 @@ def reported(action: str, **fields: Any) -> AuditRecord:
 
 
 async def test_tokens_on_no_record_are_told_for_a_week(
-    person: ConsoleClient, authority: Authority, sql: SQL
+    operator_at_console: ConsoleClient, authority: Authority, sql: SQL
 ) -> None:
     for _ in range(3):
         assert await authority.audit.append(
             reported(Action.TOKEN_UNKNOWN, jti=uuid4(), outcome=Outcome.SUCCESS)
         )
-    said = await home(person)
+    said = await home(operator_at_console)
     assert "Tokens were reported that are on no record 3 in the last 7 days" in said
     assert WELL not in said
     await sql("UPDATE audit_records SET recorded_at = recorded_at - interval '8 days'")
-    assert "Tokens were reported" not in await home(person)
+    assert "Tokens were reported" not in await home(operator_at_console)
 
 
-async def test_a_forged_token_is_never_well(person: ConsoleClient, authority: Authority) -> None:
+async def test_a_forged_token_is_never_well(
+    operator_at_console: ConsoleClient, authority: Authority
+) -> None:
     assert await authority.audit.append(reported(Action.TOKEN_FORGED, outcome=Outcome.SUCCESS))
-    said = await shown(person, "A signing key leaked.")
+    said = await shown(operator_at_console, "A signing key leaked.")
     assert WELL not in said
 
 
 async def test_an_opening_that_was_refused_is_told_with_whose_it_is(
-    person: ConsoleClient, authority: Authority, vkyc: Credential, sql: SQL
+    operator_at_console: ConsoleClient, authority: Authority, vkyc: Credential, sql: SQL
 ) -> None:
     (credential,) = await sql("SELECT id FROM credentials WHERE service_user_id = $1", vkyc[0])
     assert await authority.audit.append(
@@ -214,21 +222,21 @@ async def test_an_opening_that_was_refused_is_told_with_whose_it_is(
             credential_id=credential["id"],
         )
     )
-    said = await home(person)
+    said = await home(operator_at_console)
     assert "A hand-over was opened a second time, or too late 1 refused in the last 7 days" in said
     assert "vkyc-prod" in said
 
 
 async def test_a_log_that_waits_for_its_checkpoint_is_told_and_an_idle_one_is_not(
-    person: ConsoleClient, authority: Authority, sql: SQL
+    operator_at_console: ConsoleClient, authority: Authority, sql: SQL
 ) -> None:
     await sql("UPDATE audit_checkpoints SET signed_at = signed_at - interval '3 days'")
-    assert WELL in await home(person), "nothing came, so there was nothing to sign"
+    assert WELL in await home(operator_at_console), "nothing came, so there was nothing to sign"
     # Somebody holds what the sequencer needs, as when it hangs.
     authority.sequencer.tick = _never  # type: ignore[method-assign]
     assert await authority.audit.append(reported("ingest.upload", outcome=Outcome.SUCCESS))
     await sql("UPDATE audit_records SET recorded_at = recorded_at - interval '61 seconds'")
-    said = await shown(person, "Records wait for their checkpoint")
+    said = await shown(operator_at_console, "Records wait for their checkpoint")
     assert "The oldest since 61 s ago" in said or "The oldest since 62 s ago" in said
     assert WELL not in said
 
@@ -238,11 +246,11 @@ async def _never(_: object) -> bool:
 
 
 async def test_a_log_that_does_not_go_on_from_what_was_signed_is_told_to_everybody(
-    person: ConsoleClient, authority: Authority
+    operator_at_console: ConsoleClient, authority: Authority
 ) -> None:
     authority.sequencer.tick = _never  # type: ignore[method-assign]
     authority.continuity.broken = "Restored or cut: records 5-9 are missing."
-    said = await home(person)
+    said = await home(operator_at_console)
     assert "Nothing is issued: the audit log does not go on from what was signed" in said
     assert "records 5-9 are missing" in said
     assert WELL not in said
@@ -260,10 +268,10 @@ async def broken_next_key(operator_credential: Credential, sql: SQL) -> None:
 
 @pytest.mark.usefixtures("broken_next_key")
 async def test_a_next_key_that_cannot_be_used_is_told_weeks_before_its_turn(
-    person: ConsoleClient, authority: Authority
+    operator_at_console: ConsoleClient, authority: Authority
 ) -> None:
     await authority.rotator.tick()
-    said = await home(person)
+    said = await home(operator_at_console)
     assert "This server cannot use the next key" in said
     assert WELL not in said
 

@@ -49,16 +49,6 @@ FITTING = {"reason": "a test", "label": "x", "lifetime": "30", "name": "x", "sou
 """Fields that a form may ask for, so that it is refused for nothing but its sender."""
 
 
-@pytest.fixture
-async def integrator(
-    client: httpx.AsyncClient, settings: Settings, vkyc: Credential
-) -> ConsoleClient:
-    """vkyc-prod, signed in at the console with its own credential."""
-    person = ConsoleClient(client, settings.issuer)
-    assert (await person.sign_in(vkyc)).status_code == 303
-    return person
-
-
 def text_of(answer: httpx.Response) -> str:
     """What a person reads of a page, in one line."""
     main = answer.text.partition("<main")[2]
@@ -131,7 +121,7 @@ async def test_an_integrator_comes_home_to_itself(
     await sql(
         "UPDATE credentials SET expires_at = now() + '10 days' WHERE service_user_id = $1", vkyc[0]
     )
-    assert "first ends in 9 days" in text_of(await integrator.get("/"))
+    assert "first ends in 10 days" in text_of(await integrator.get("/"))
 
 
 async def test_an_integrator_sees_its_own_credentials_and_facts(
@@ -143,9 +133,9 @@ async def test_an_integrator_sees_its_own_credentials_and_facts(
     await operator.post(f"{USERS}/{vkyc[0]}/credentials/{answer.json()['id']}/revoke")
     page = await integrator.get("/me")
     words = text_of(page)
-    assert "first you signed in with it live" in words
-    assert "<i>second</i> live never" in words
-    assert "third revoked" in words
+    assert re.search("first you signed in with it cr_[a-z2-7]{24} live", words)
+    assert re.search("<i>second</i> cr_[a-z2-7]{24} live never", words)
+    assert re.search("third cr_[a-z2-7]{24} revoked", words)
     assert "kyc-team@example.com" in words
     assert "ingest:write, search:read" in words
 
@@ -178,9 +168,13 @@ async def test_a_rotation_gives_one_successor_and_lets_the_old_one_end_in_7_days
     assert (record["credential_id"], record["actor"]) == (second["id"], "vkyc-prod")
     assert secret not in str(record)
 
+    me = await integrator.get("/me")
+    assert "Rotated: sign in with second." in text_of(me)
+    assert re.search("second cr_[a-z2-7]{24} successor of first live", text_of(me))
+    assert 'href="/console/me/rotate"' not in me.text
     again = await integrator.post("/me/rotate", {"label": "third"})
     assert again.status_code == 409
-    assert "its successor is second" in text_of(again)
+    assert "its successor is “second”" in text_of(again)
     assert 'value="third"' in again.text
     (refused,) = await records(action="credential.rotate", outcome="refused")
     assert refused["actor"] == "vkyc-prod"
@@ -202,6 +196,28 @@ async def test_a_lost_successor_is_revoked_by_an_operator_and_rotated_again(
     assert still["expires_at"] == first["expires_at"]
     year = timedelta(days=365)
     assert abs(at(found["expires_at"]) - datetime.now(UTC) - year) < timedelta(minutes=1)
+
+
+async def test_who_revokes_a_rotated_credential_is_told_what_came_of_it(
+    integrator: ConsoleClient,
+    vkyc: Credential,
+    operator: httpx.AsyncClient,
+    client: httpx.AsyncClient,
+    operator_credential: Credential,
+    settings: Settings,
+) -> None:
+    await integrator.post("/me/rotate", {"label": "second"})
+    listed = (await operator.get(f"{USERS}/{vkyc[0]}/credentials")).json()["credentials"]
+    second, first = (f"/service-users/{vkyc[0]}/credentials/{each['id']}" for each in listed)
+    at_console = ConsoleClient(client, settings.issuer)
+    await at_console.sign_in(operator_credential)
+    for _ in range(2):
+        asked = await at_console.get(f"{first}/revoke")
+        assert "It was rotated to second, which is not revoked with it" in text_of(asked)
+        assert f'href="/console{second}/revoke"' in asked.text
+        await at_console.post(f"{first}/revoke", {"label": "first"})
+    await at_console.post(f"{second}/revoke", {"label": "second"})
+    assert "It was rotated" not in text_of(await at_console.get(f"{first}/revoke"))
 
 
 async def test_a_successor_lives_no_longer_than_what_an_operator_meant(

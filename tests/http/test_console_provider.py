@@ -29,6 +29,7 @@ from service.console.provider import DEADLINE, PATIENCE, REREAD, Provider, SignI
 from service.console.provider_sign_in import COOKIE
 from service.settings import Settings
 from tests.http.conftest import Credential, Records
+from tests.http.console_client import ConsoleClient
 
 pytestmark = pytest.mark.anyio
 
@@ -653,6 +654,45 @@ async def test_a_person_is_what_the_portal_says_and_no_operator_changes_that(
         action="service_user.change", service_user=person["id"], outcome="success"
     )
     assert last["details"] == {"owner": "changed", "scopes": {"from": [], "to": ["audit:read"]}}
+
+
+async def test_half_a_character_in_a_claim_locks_nobody_out(
+    browser: Browser, operator: httpx.AsyncClient
+) -> None:
+    # JSON can hold it, UTF-8 cannot: neither a log nor a database takes it.
+    claims = {"name": "An\ud83dna", "email": "\udc00", "privyseal_scopes": ["audit:read", "\ud83d"]}
+    assert (await browser.sign_in(**claims)).status_code == 200
+    found = await operator.get("/api/v1/service-users", params={"name": "anna"})
+    (person,) = found.json()["service_users"]
+    assert (person["owner"], person["contact"]) == ("Anna", "")
+
+
+async def test_the_page_of_a_person_offers_nothing_that_a_person_cannot_have(
+    browser: Browser,
+    client: httpx.AsyncClient,
+    settings: Settings,
+    operator: httpx.AsyncClient,
+    operator_credential: Credential,
+) -> None:
+    await browser.sign_in(privyseal_scopes=[])
+    found = await operator.get("/api/v1/service-users", params={"name": "anna"})
+    path = f"/service-users/{found.json()['service_users'][0]['id']}"
+    at_console = ConsoleClient(client, settings.issuer)
+    await at_console.sign_in(operator_credential)
+    page = (await at_console.get(path)).text
+    assert "they sign in through the portal, and have no credential" in page
+    assert f'href="/console{path}/disable"' in page
+    for way in ("/change", "/credentials/new", "/hand-over"):
+        assert f"{path}{way}" not in page
+    for way in ("/console/token?", "/console/upload?"):
+        assert way not in page
+    assert "signs in through the portal" in (await at_console.get("/service-users?name=anna")).text
+    # Whoever comes there all the same is told why not.
+    form = {"label": "back door", "lifetime": "30"}
+    for way in ("/credentials/new", "/hand-over"):
+        answer = await at_console.post(f"{path}{way}", form)
+        assert answer.status_code == 409
+        assert "anna is a person" in answer.text
 
 
 async def test_who_is_granted_nothing_is_shown_nothing_and_may_send_nothing(

@@ -158,6 +158,16 @@ async def test_every_page_brings_its_policy_and_is_kept_nowhere(
     assert (await operator_at_console.get("/no/such/page")).status_code == 404
 
 
+@pytest.mark.parametrize("where", ["/token", "/upload", "/service-users"])
+async def test_an_address_with_a_line_end_is_none(
+    operator_at_console: ConsoleClient, operator_credential: Credential, where: str
+) -> None:
+    # It would reach a header of the answer.
+    assert (
+        await operator_at_console.get(f"{where}/{operator_credential[0]}%0A")
+    ).status_code == 404
+
+
 async def test_static_files_are_named_by_their_content_and_kept_for_ever(
     operator_at_console: ConsoleClient,
 ) -> None:

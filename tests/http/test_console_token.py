@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import html
 import re
 import socket
@@ -37,25 +38,6 @@ def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
     """The defaults, changed as the test says."""
     changed: dict[str, Any] = getattr(request, "param", {})
     return Settings(checkpoint_dir=tmp_path / "checkpoints", **changed)
-
-
-@pytest.fixture
-def at_console(client: httpx.AsyncClient, settings: Settings) -> AtConsole:
-    """Sign in at the console with a credential."""
-
-    async def signed_in(credential: Credential) -> ConsoleClient:
-        person = ConsoleClient(client, settings.issuer)
-        assert (await person.sign_in(credential)).status_code == 303
-        return person
-
-    return signed_in
-
-
-@pytest.fixture
-async def operator_at_console(
-    at_console: AtConsole, operator_credential: Credential
-) -> ConsoleClient:
-    return await at_console(operator_credential)
 
 
 def token_of(answer: httpx.Response) -> str:
@@ -163,7 +145,7 @@ async def test_nobody_mints_for_operators_the_disabled_or_the_unknown(
 ) -> None:
     own = await operator_at_console.post(f"{where}/{operator_credential[0]}", form())
     assert own.status_code == 403
-    assert "tokens for operators are never minted" in words(own)
+    assert "are not made by hand" in words(own)
     assert (await operator.post(f"/api/v1/service-users/{vkyc[0]}/disable")).status_code == 200
     for answer in (
         await operator_at_console.get(f"{where}?service_user=vkyc-prod"),
@@ -325,7 +307,7 @@ async def test_a_fresh_token_stands_in_the_command(
     assert token
     assert claims_of(token[1])["aud"] == INGEST
     assert command.replace(token[1], "TOKEN").splitlines() == [
-        "curl -X POST 'http://127.0.0.1:8081/api/v1/ingest' \\",
+        "curl -sS -X POST 'http://127.0.0.1:8081/api/v1/ingest' \\",
         "  -H 'Authorization: Bearer TOKEN' \\",
         "  -H 'X-Approver-Department: wholesale' \\",
         "  -F 'file=@./document.pdf' \\",
@@ -462,6 +444,23 @@ async def test_an_answer_is_bounded_and_shown_as_text(
     assert "&lt;script&gt;alert(1)&lt;/script&gt;\\u202e\\x1b[2J" in answer.text
     assert "The rest of the answer was not read." in words(answer)
     assert len(answer.content) < 100_000
+
+
+@at_a_strange_service
+async def test_a_compressed_answer_is_not_unpacked(
+    operator_at_console: ConsoleClient, vkyc: Credential, strange: list[bytes]
+) -> None:
+    # Packed twice, a few kilobytes fill any memory.
+    packed = gzip.compress(gzip.compress(b"unpacked" * 1000))
+    strange.append(
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip, gzip\r\nContent-Length: %d\r\n\r\n"
+        % len(packed)
+        + packed
+    )
+    answer = await tried(operator_at_console, vkyc)
+    assert "200 OK" in words(answer)
+    assert "unpacked" not in answer.text
+    assert b"accept-encoding: identity" in strange[0].lower()
 
 
 @at_a_strange_service

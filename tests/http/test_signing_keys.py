@@ -177,6 +177,7 @@ async def test_rotate_says_when_the_next_key_may_sign_and_it_does_so_then_by_its
         "signing_kid": old,
         "next_kid": new,
         "may_sign_from": keys["pending"]["may_sign_from"],
+        "asked_before_at": None,
         "missing": [],
     }
     assert at(keys["pending"]["may_sign_from"]) - at(keys["pending"]["published_at"]) == LEAD
@@ -220,7 +221,9 @@ async def test_rotate_twice_is_rotate_once_and_each_is_on_record_with_reason_and
     due = "SELECT kid, state, rotate_at FROM signing_keys ORDER BY kid"
     once = await sql(due)
     second = await operator.post(f"{KEYS}/rotate", json={"reason": "once more"})
-    assert first.json() == second.json()
+    asked_at = (await by_state(operator))["active"]["rotation_asked_at"]
+    assert first.json() | {"asked_before_at": asked_at} == second.json()
+    assert asked_at is not None
     assert await sql(due) == once
     found = await records(2, action="signing_key.rotate")
     assert [record["reason"] for record in found] == [REASON["reason"], "once more"]

@@ -119,6 +119,10 @@ def test_rotate_says_when_the_next_key_may_sign_and_from_then_on_it_does(keys: K
     assert shown["may_sign_from"] == rotation["may_sign_from"]
     assert may_sign_from - datetime.fromisoformat(shown["published_at"]).timestamp() == LEAD
     assert may_sign_from > time.time()
+    asked_at = rf"asked for at {TIME}: the next key signs within seconds of {TIME}, by itself"
+    assert re.search(asked_at, " ".join(keys("list").stderr.split()))
+    assert rotation["asked_before_at"] is None
+    assert re.search(rf"asked for already, at {TIME}", keys("rotate", *REASON).stderr)
 
     deadline = may_sign_from + 12  # the ring is polled every 10 s
     while (asked_at := time.time()) < deadline and keys.signing() == before["active"]:

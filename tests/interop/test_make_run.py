@@ -72,10 +72,14 @@ def test_what_make_run_prints_can_be_pasted_and_a_second_run_keeps_the_operator(
         assert re.search(r"action +token\.issue\n(.*\n)*.* action +document\.ingest", shown)
         for kept in (operator, operator.with_name("ingest.json")):
             assert kept.stat().st_mode & 0o777 == 0o600
-        uploaded = json.loads(_paste(shown, "TOKEN=", "Be the operator"))
+        uploaded = json.loads(_paste(_between(shown, "TOKEN=", "Be the operator")))
         assert (uploaded["service_user"], uploaded["source_system"]) == ("vkyc-prod", "vkyc")
-        listed = _paste(shown, "export ", "  API")
-        assert len(re.findall(r"token\.issue +success", listed)) >= 2
+        be_operator = _between(shown, "export ", "And prove")
+        prove = _between(shown, f"curl -sS http://127.0.0.1:{ports[0]}/api/v1/audit", "  console")
+        said = _paste(be_operator + prove)
+        assert len(re.findall(r"token\.issue +success", said)) >= 2
+        assert "checkpoints: 1 from outside" in said
+        assert "Nothing was changed." in said
 
     for port in ports:
         with socket.socket() as attempt:
@@ -86,8 +90,11 @@ def test_what_make_run_prints_can_be_pasted_and_a_second_run_keeps_the_operator(
         assert f"PRIVYSEAL_CLIENT_ID={kept}" in shown
 
 
-def _paste(shown: str, begin: str, end: str) -> str:
-    text = shown[shown.index(begin) : shown.index(end)]
+def _between(shown: str, begin: str, end: str) -> str:
+    return shown[shown.index(begin) : shown.index(end)]
+
+
+def _paste(text: str) -> str:
     done = subprocess.run(
         ("bash", "-c", text), cwd=REPOSITORY, capture_output=True, text=True, timeout=60
     )

@@ -19,7 +19,6 @@ from service.authority.by_hand import of_itself
 from service.authority.client_auth import new_secret
 from service.authority.errors import Forbidden, NotFound, OAuthError, OAuthErrorCode
 from service.authority.issuer import (
-    ENDS_SOON,
     Decision,
     Grant,
     Terms,
@@ -31,6 +30,7 @@ from service.authority.issuer import (
 )
 from service.authority.model import (
     ADMIN_SCOPES,
+    ENDS_SOON,
     AdminScope,
     ClientAddress,
     Credential,
@@ -352,7 +352,7 @@ def test_minting_takes_its_own_scope(user: ServiceUser, minter: Operator) -> Non
 @pytest.mark.parametrize("scope", sorted(ADMIN_SCOPES))
 def test_nobody_mints_for_an_operator(scope: str, user: ServiceUser, minter: Operator) -> None:
     operator = replaced(user, scopes=("ingest:write", scope))
-    with pytest.raises(Forbidden, match="never minted"):
+    with pytest.raises(Forbidden, match="not made by hand"):
         mintable(minter, Subject(service_user=operator))
 
 

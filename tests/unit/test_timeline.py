@@ -72,7 +72,7 @@ def test_an_hour_of_retiring_is_seen_beside_months() -> None:
     old = life("old", KeyState.RETIRING, -70, -40, -10 + 1 / 24)
     retiring = row(drawn(old, *LIVES[1:]), "old").segments[-1]
     assert retiring.state is KeyState.RETIRING
-    assert retiring.width >= 0.4
+    assert retiring.width >= 1.2
 
 
 def test_a_revoked_key_ends_with_a_mark_and_signs_no_longer_than_that() -> None:

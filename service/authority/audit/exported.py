@@ -5,8 +5,11 @@ Opens no file: lines come in as they were read, in blocks that processes of thei
 `ExportCheck` joins what they found.
 """
 
+import math
+import re
 from base64 import b64decode
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -26,20 +29,20 @@ from service.authority.audit.verify import (
     Flaw,
     LogCheck,
     LogReport,
-    Page,
     Part,
+    Placed,
     Subtree,
     claim_of,
 )
 
-_RUN: Final = 4_096
-"""Neighbours in the log that are examined at a time."""
-
 _MAX_LEVEL: Final = 62
 _OWN: Final = "its own checkpoint"
 
+_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_COMMIT_ORDER: Final = re.compile(r"[0-9]{1,18}")
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
+_from_hex = bytes.fromhex
 
 # A line as it was exported, ids and digests as the texts that they are there.
 _AS_TEXT: Final = ("id", "jti", "outcome")
@@ -55,7 +58,10 @@ _ExportedLine: Any = msgspec.defstruct(
     forbid_unknown_fields=True,
     gc=False,
 )
-_decode_line = msgspec.json.Decoder(_ExportedLine).decode
+_decoder: Any = msgspec.json.Decoder(_ExportedLine)
+_decode_line, _decode_lines = _decoder.decode, _decoder.decode_lines
+_NoRecord: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What a line raises that is none."""
 
 
 class _Header(LogHeader, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,14 +87,17 @@ class Block(Struct, frozen=True, kw_only=True):
     begins: bool
     """Whether these lines come right after it."""
     first_line: int
+    lines: int
+    """How many there are."""
     cuts: Sequence[int]
     """Sizes at which the tree is compared with checkpoints from outside."""
 
 
-def examine(block: Block, lines: Iterable[bytes]) -> list[Part]:
+def examine(block: Block, lines: bytes) -> list[Part]:
     """Return what is in these lines, in order; what is between two parts is missing, or twice.
 
-    Raise Unreadable if the header makes no sense.
+    Some hundred are faster than thousands, which no cache would hold. Raise Unreadable if the
+    header makes no sense.
     """
     return _Examined(block).of(lines)
 
@@ -167,19 +176,19 @@ class _Examined:
         self._block = block
         self._origin = header.log_origin
         self._claims = _unverified_claims(header.checkpoint)
+        self._size = min((own.size for own in self._claims), default=math.inf)
         self._parts: list[Part] = []
         self._at = 0
-        self._run: list[tuple[Any, Sequence[Any]]] = []
+        self._run: list[Placed] = []
         if block.begins:
             self._prove(header.proof)
 
-    def of(self, lines: Iterable[bytes]) -> list[Part]:
-        for number, line in enumerate(lines, self._block.first_line):
-            try:
-                record = _decode_line(line)
-            except msgspec.DecodeError as error:
+    def of(self, lines: bytes) -> list[Part]:
+        for number, record in enumerate(_records(lines, self._block.lines)):
+            if isinstance(record, _NoRecord):
                 self._examine()
-                words = f"Line {number:,} is no record of an export ({error})."
+                line = self._block.first_line + number
+                words = f"Line {line:,} is no record of an export ({record})."
                 self._found(Finding(flaw=Flaw.EDITED, words=words))
             else:
                 self._take(record)
@@ -188,7 +197,7 @@ class _Examined:
 
     def _take(self, record: Any) -> None:
         index: int | None = record.leaf_index
-        if index is None or any(index >= own.size for own in self._claims):
+        if index is None or index >= self._size:
             self._examine()
             words = f"Record {record.id} has no place under this checkpoint: nothing proves it."
             finding = Finding(flaw=Flaw.INSERTED, words=words, index=index)
@@ -198,36 +207,26 @@ class _Examined:
                 self._examine()
                 self._at = index
             try:
-                self._run.append((record, _members(record, self._origin)))
-            except ValueError as error:
+                leaf = (index, record.id, record.leaf_hash)
+                self._run.append((leaf, _members(record, self._origin), _personal(record)))
+            # TypeError: a time that has no offset.
+            except (ValueError, TypeError) as error:
                 self._examine()
                 words = f"Record {index:,} ({record.id}) was edited: {error}."
                 self._found(Finding(flaw=Flaw.EDITED, words=words, index=index))
                 self._add([Subtree(0, record.leaf_hash)] if record.leaf_hash else [])
-            if len(self._run) >= _RUN:
-                self._examine()
         if record.proof:
             self._examine()
             self._prove(record.proof)
 
     def _examine(self) -> None:
         """Examine the neighbours that were collected."""
-        if not (run := self._run):
+        run, self._run = self._run, []
+        if not run:
             return
-        self._run = []
         start, stop = self._at, self._at + len(run)
         examination = Examination(start, stop)
-        examination.add(
-            Page(
-                leaves=[(line.leaf_index, line.id, line.leaf_hash) for line, _ in run],
-                records={line.id: members for line, members in run},
-                personal={
-                    line.id: personal
-                    for line, _ in run
-                    if (personal := _personal(line)) is not None
-                },
-            )
-        )
+        examination.add(run)
         cuts = [cut for cut in self._block.cuts if start < cut <= stop]
         self._parts.append(examination.part(claims=self._claims, cuts=cuts))
         self._at = stop
@@ -247,6 +246,22 @@ class _Examined:
     def _found(self, finding: Finding) -> None:
         """Add what leaves no head to be computed."""
         self._parts.append(_part(self._at, whole=False, findings=[finding]))
+
+
+def _records(lines: bytes, count: int) -> Sequence[Any]:
+    """Return what each of so many lines says, an error where it is no record."""
+    with suppress(*_NoRecord):
+        # All at once, without cutting them first; what is no line of its own shows in the number.
+        if len(records := _decode_lines(lines)) == count:
+            return records
+    return [_record_or_error(line) for line in lines.splitlines()]
+
+
+def _record_or_error(line: bytes) -> Any:
+    try:
+        return _decode_line(line)
+    except _NoRecord as error:
+        return error
 
 
 def _header(line: bytes) -> _Header:
@@ -294,7 +309,11 @@ def _part(
 def _members(line: Any, origin: str) -> Sequence[Any]:
     """Return what the leaf of a line is made of; raise ValueError saying what cannot be true."""
     commit_order, _, record_id = line.cursor.partition(".")
-    if not (commit_order.isascii() and commit_order.isdecimal()) or record_id != line.id:
+    occurred_at, personal_sha256 = line.occurred_at, line.personal_sha256
+    signing_input_sha256 = line.signing_input_sha256
+    if not _ID.fullmatch(line.id):
+        raise ValueError("its id is none")
+    if not _COMMIT_ORDER.fullmatch(commit_order) or record_id != line.id:
         raise ValueError("its cursor is that of another record")
     if line.log_origin != origin:
         raise ValueError("it says to be of another log")
@@ -315,17 +334,17 @@ def _members(line: Any, origin: str) -> Sequence[Any]:
         # An issuance is shown with its own id there.
         None if line.exp is not None and line.jti == line.id else line.jti,
         line.kid,
-        _microseconds(line.occurred_at),
+        occurred_at and (occurred_at - _EPOCH) // _MICROSECOND,
         line.outcome,
-        _bytes(line.personal_sha256),
+        personal_sha256 and _from_hex(personal_sha256),
         line.reason,
-        _microseconds(line.recorded_at),
+        (line.recorded_at - _EPOCH) // _MICROSECOND,
         line.repeats,
         line.request_id,
         line.scope,
         line.service_user,
         line.service_user_id,
-        _bytes(line.signing_input_sha256),
+        signing_input_sha256 and _from_hex(signing_input_sha256),
         line.source_system,
         1,
         line.version,
@@ -334,15 +353,8 @@ def _members(line: Any, origin: str) -> Sequence[Any]:
 
 def _personal(line: Any) -> tuple[Any, ...] | None:
     """Return what is personal of a line; None if it was erased, or never was."""
+    salt = line.personal_salt
     values = (line.client_address, line.user_agent, line.resource, line.department)
-    if line.personal_salt is None and values == (None, None, None, None):
+    if salt is None and values == (None, None, None, None):
         return None
-    return (line.id, _bytes(line.personal_salt) or b"", *values)
-
-
-def _bytes(hexadecimal: str | None) -> bytes | None:
-    return None if hexadecimal is None else bytes.fromhex(hexadecimal)
-
-
-def _microseconds(at: datetime | None) -> int | None:
-    return None if at is None else (at - _EPOCH) // _MICROSECOND
+    return (line.id, _from_hex(salt or ""), *values)

@@ -86,6 +86,15 @@ def may_export(operator: Operator) -> bool:
     return AdminScope.AUDIT_READ in operator.scopes
 
 
+def _shown(operator: Operator, record: StoredRecord) -> StoredRecord:
+    """Return what this one may see of a record: who is no operator learns who acted on it, and not
+    from where. Calls with its own tokens were made by its own, whoever reported them."""
+    is_act_of_another = record.actor_id not in (None, operator.service_user.id)
+    if operator.scopes or not is_act_of_another or record.occurred_at is not None:
+        return record
+    return replace(record, client_address=None, user_agent=None)
+
+
 class AuditReading:
     """Reads for one operator or integrator at a time; raises Forbidden and StoreUnavailable."""
 
@@ -108,18 +117,20 @@ class AuditReading:
     ) -> Sequence[StoredRecord]:
         """Return up to `limit` records before `cursor`, the newest first; raise ValueError for a
         cursor that is none."""
-        return await self._records.read(
+        found = await self._records.read(
             readable(operator, wanted), cursor=cursor, newest_first=True, limit=limit
         )
+        return [_shown(operator, record) for record in found]
 
     async def after(
         self, operator: Operator, wanted: RecordFilter, *, cursor: str, limit: int
     ) -> Sequence[StoredRecord]:
         """Return the next records beyond `cursor`, the oldest first: none is missed and none comes
         twice, if the cursor of the last one is asked with next. Raise ValueError for none."""
-        return await self._records.read(
+        found = await self._records.read(
             readable(operator, wanted), cursor=cursor, newest_first=False, limit=limit
         )
+        return [_shown(operator, record) for record in found]
 
     async def latest(
         self, operator: Operator, wanted: RecordFilter, *, limit: int
@@ -186,7 +197,11 @@ class AuditReading:
             )
         except NoteRefused as refused:
             return _failed(f"The newest checkpoint is not one of this log: {refused}.", inclusion)
-        flaw = _flaw(record, inclusion, checkpoint)
+        # As it is stored: not all of it may have been shown.
+        stored = await self._records.read(
+            RecordFilter(id=record.id), cursor=None, newest_first=True, limit=1
+        )
+        flaw = _flaw(stored[0] if stored else record, inclusion, checkpoint)
         return Examined(
             standing=Standing.FAILED if flaw else Standing.VERIFIED,
             flaw=flaw,

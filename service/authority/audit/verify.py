@@ -9,11 +9,11 @@ import gc
 import hashlib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 from uuid import UUID
 
 import msgspec
@@ -84,15 +84,10 @@ class Subtree(Struct, frozen=True, gc=False):
     hash: bytes
 
 
-class Page(Struct, frozen=True, kw_only=True):
-    """Leaves in order, and what there is of their records. All ids are text in lower case."""
-
-    leaves: Sequence[Any]
-    """Each is index, id, hash."""
-    records: Mapping[str, Any]
-    """Each is the members of `Leaf`, in their order."""
-    personal: Mapping[str, Any]
-    """Each is the id, the salt, and the four values."""
+Placed: TypeAlias = tuple[Any, Any, Any]
+"""A leaf: index, id, hash. What there is of its record, or None: the members of `Leaf`, in their
+order. What there is of its personal values, or None: the id, the salt, and the four values. All ids
+are text in lower case."""
 
 
 class Part(Struct, frozen=True, kw_only=True):
@@ -134,16 +129,15 @@ class Examination:
         self._ordered = True
         self._buffer = bytearray()
 
-    def add(self, page: Page) -> None:
+    def add(self, page: Iterable[Placed]) -> None:
         """Take the next leaves."""
         hashes, places, indexes = self._hashes, self._places, self._indexes
-        records, personal = page.records, page.personal
-        for index, leaf_id, leaf_hash in page.leaves:
+        for (index, leaf_id, leaf_hash), members, personal in page:
             if index != self._next:
                 self._gap(index)
             self._next = index + 1
             hashes.append(leaf_hash)
-            if (members := records.get(leaf_id)) is None:
+            if members is None:
                 self._without_record(index, leaf_id)
                 continue
             try:
@@ -154,9 +148,9 @@ class Examination:
             if digest != leaf_hash:
                 self._found(Flaw.EDITED, index, leaf_id, "was edited: it has another hash")
             personal_sha256 = members[_PERSONAL_SHA256]
-            if (row := personal.get(leaf_id)) is None:
+            if personal is None:
                 self._erased += personal_sha256 is not None
-            elif _sha256(row[1] + _encode(row[2:])).digest() != personal_sha256:
+            elif _sha256(personal[1] + _encode(personal[2:])).digest() != personal_sha256:
                 self._found(
                     Flaw.PERSONAL,
                     index,
@@ -368,7 +362,8 @@ class LogCheck:
                     words=f"This file alone cannot be compared with {claim.place}, of "
                     f"{claim.size:,}: it goes with the one of {self._size:,}, with those that were "
                     "kept of each day before that, and with any that was signed over the last of "
-                    "its own records.",
+                    "its own records. An export can be made again, for this one: `privyseal audit "
+                    f"export --checkpoint {claim.place}` and the same filters.",
                 )
             )
         else:

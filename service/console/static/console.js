@@ -96,3 +96,5 @@ if (fragmentField) {
   takeFragment();
   addEventListener("hashchange", takeFragment);
 }
+// What was opened is loaded again without the code, which would be refused and alarm operators.
+if (document.querySelector("[data-opened]")) history.replaceState(null, "", location.pathname);

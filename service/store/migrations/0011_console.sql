@@ -122,9 +122,5 @@ CREATE INDEX service_users_by_name ON service_users (name COLLATE "C");
 CREATE INDEX service_users_by_source_system_and_name
     ON service_users (source_system, name COLLATE "C");
 CREATE INDEX service_users_disabled ON service_users (name COLLATE "C") WHERE status = 'disabled';
--- Credentials that end soon.
+-- Credentials that end soon, the next one first.
 CREATE INDEX credentials_by_end ON credentials (expires_at, id) WHERE revoked_at IS NULL;
-
--- Home: the credentials that end next, whatever their number; and what lies beyond the newest head
--- is found by the order of the log.
-CREATE INDEX credentials_ending ON credentials (expires_at) WHERE revoked_at IS NULL;
