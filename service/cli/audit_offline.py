@@ -429,7 +429,6 @@ def _bar(what: str, total: int) -> Generator[Callable[[int, int], None], None, N
         console=console,
         transient=True,
         disable=not console.is_terminal,
-        # Refreshed by hand: a thread of its own would be forked along.
         auto_refresh=False,
     )
     with progress:

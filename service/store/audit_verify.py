@@ -254,8 +254,7 @@ async def waiting(connection: Connection, reached: tuple[int, str]) -> int:
 def parts(dsn: Secret, job: Job, *, processes: int) -> Iterator[Part]:
     """Yield the parts of a log in order, examined by so many processes; raise StoreUnavailable.
 
-    A process that is ahead waits until its part is taken, so that memory stays flat. The processes
-    are forked: no other thread may be running.
+    A process that is ahead waits until its part is taken, so that memory stays flat.
     """
     count = -(-job.size // PART)
     if processes == 1 or job.size <= SMALL:
@@ -267,14 +266,17 @@ def parts(dsn: Secret, job: Job, *, processes: int) -> Iterator[Part]:
             finally:
                 runner.run(connection.close(timeout=CLOSING))
         return
-    fork = multiprocessing.get_context("fork")
+    # Not forked from here: a lock that another thread holds just now would stay locked there.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([__name__])
     with ExitStack() as running:
         running.enter_context(collector_at_rest())
         pipes: list[Pipe] = []
         for first in range(processes):
-            here, there = fork.Pipe(duplex=False)
+            here, there = server.Pipe(duplex=False)
             numbers = range(first, count, processes)
-            process = fork.Process(target=_examine, args=(there, dsn, job, numbers), daemon=True)
+            arguments = (there, dsn.reveal(), job, numbers)
+            process = server.Process(target=_examine, args=arguments, daemon=True)
             process.start()
             running.callback(process.join)
             running.callback(process.terminate)
@@ -294,13 +296,13 @@ def _received(pipe: Pipe) -> Part:
     return received
 
 
-def _examine(pipe: Pipe, dsn: Secret, job: Job, numbers: Sequence[int]) -> None:
+def _examine(pipe: Pipe, revealed_dsn: str, job: Job, numbers: Sequence[int]) -> None:
     """Examine these parts and send each, or else in words why not."""
     # Ctrl-C is for the parent, which ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     async def examine() -> None:
-        connection = await _open_for(dsn, job)
+        connection = await _open_for(Secret(revealed_dsn), job)
         try:
             for number in numbers:
                 pipe.send(await _part(connection, job, number))

@@ -55,9 +55,8 @@ def verify_export(
 ) -> list[LogReport]:
     """Check an export without any database; return a report for each log.
 
-    `cuts` are the sizes of the checkpoints that it is compared with. The processes are forked: no
-    other thread may be running. Raise Unreadable if it does not begin with a checkpoint, OSError,
-    and whatever `pinning` raises.
+    `cuts` are the sizes of the checkpoints that it is compared with. Raise Unreadable if it does not
+    begin with a checkpoint, OSError, and whatever `pinning` raises.
     """
     check = ExportCheck(pinning)
     stretches = _stretches(path, cuts, chunk)
@@ -66,7 +65,10 @@ def verify_export(
         if processes == 1 or path.stat().st_size <= BATCH * chunk:
             examined = map(_examined, stretches)
         else:
-            pool = running.enter_context(multiprocessing.get_context("fork").Pool(processes))
+            # Not forked from here: a lock that another thread holds would stay locked there.
+            server = multiprocessing.get_context("forkserver")
+            server.set_forkserver_preload([__name__])
+            pool = running.enter_context(server.Pool(processes))
             examined = pool.imap(_examined, stretches, chunksize=BATCH)
         for stretch, parts in examined:
             check.add(stretch.block, parts)

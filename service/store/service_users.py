@@ -88,7 +88,8 @@ SELECT {SERVICE_USER_COLUMNS}, {_CREDENTIAL_COLUMNS}
 # where it was opened when that was not refused, and whether all came from there.
 _REFUSED_OPENINGS = """
 WITH newest AS (
-    SELECT r.id, r.credential_id, r.recorded_at, r.reason, r.repeats FROM audit_records r
+    SELECT r.id, r.credential_id, r.recorded_at, r.reason, r.repeats, r.version
+      FROM audit_records r
      WHERE r.action = 'credential.open' AND r.outcome = 'refused' AND r.credential_id IS NOT NULL
        AND r.recorded_at > statement_timestamp() - make_interval(days => $1) {of}
        -- Whoever revoked it has done what there is to do.
@@ -97,8 +98,9 @@ WITH newest AS (
 ), latest AS (
     SELECT DISTINCT ON (n.credential_id) n.credential_id, n.recorded_at, n.reason,
            sum(n.repeats) OVER (PARTITION BY n.credential_id)::bigint AS count,
-           bool_and(coalesce((p.client_address, p.user_agent)
-                             = (opening.client_address, opening.user_agent), false))
+           -- One that counts repeats has no version, and the browser of what they repeat.
+           bool_and(n.version IS NOT NULL AND coalesce((p.client_address, p.user_agent)
+                    = (opening.client_address, opening.user_agent), false))
                OVER (PARTITION BY n.credential_id) AS is_reload,
            p.client_address AS address, opening.client_address AS opened_from
       FROM newest n

@@ -123,7 +123,8 @@ async def _places(authority: LiveAuthority) -> Mapping[str, str]:
         )
     finally:
         await connection.close(timeout=5)
-    published = httpx.get(f"{authority.url}/.well-known/jwks.json", timeout=10).json()
+    async with httpx.AsyncClient(base_url=authority.url, timeout=10) as client:
+        published = (await client.get("/.well-known/jwks.json")).json()
     return {
         "service_user_id": ONE_OF_THEM,
         "credential_id": ONE_OF_THEM.replace("su_", "cr_"),

@@ -382,7 +382,7 @@ async def test_a_key_is_found_in_what_migrate_printed_and_what_is_none_is_named(
     for given, said in (
         (str(file), f"{file} has no verifier key"),
         (f"{file}s", f"there is no file {file}s, and it is no verifier key"),
-        (vkey[:-4], "that is not base64"),
+        (vkey[:-1], "that is not base64"),
     ):
         vkeys[:] = [given]
         refused = verify.printed(whole)

@@ -388,7 +388,9 @@ async def test_a_secret_is_shown_once_and_works(
     assert secret not in page.text
     assert "vault, 2026" in text(page)
     assert re.search(
-        r"vault, 2026 Audit of cr_[a-z2-7]{24} live \d+ s ago in (89|90) days \d+ s ago from 127\.0\.0\.1", text(page)
+        r"vault, 2026 Audit of cr_[a-z2-7]{24} live \d+ s ago in (89|90) days \d+ s ago from "
+        r"127\.0\.0\.1",
+        text(page),
     )
     assert secret not in str(await records(2, action="credential.create", service_user=vkyc[0]))
 
@@ -578,7 +580,7 @@ async def test_one_that_was_used_lately_is_revoked_only_by_who_types_its_label(
     (record,) = await records(action="credential.revoke", outcome="success")
     assert (record["credential_id"], record["actor"]) == (credential_id, "operator")
     done = text(await operator_at_console.get(f"/service-users/{vkyc[0]}?done=revoked"))
-    assert "Tokens that were issued before live on: 2" in done
+    assert "live on: of all its credentials 2, the last one ends in" in done
     assert not REVOKE.search((await operator_at_console.get(f"/service-users/{vkyc[0]}")).text)
     assert "It has ended already: it is revoked." in text(await operator_at_console.get(path))
 

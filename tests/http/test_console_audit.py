@@ -398,7 +398,7 @@ async def test_a_record_is_shown_with_the_story_of_its_token_and_is_verified_ane
     assert rows(answer) == [record["id"] for record in (issuance, *calls)]
     proof = (await operator.get(f"/api/v1/audit-records/{calls[0]['id']}/proof")).json()
     assert proof["leaf"] in said
-    assert f"Leaf {proof['leaf_index']} of " in said
+    assert f"Leaf {proof['leaf_index']} (from 0), in a log of " in said
     assert f"privyseal audit export --jti {calls[0]['id']}" in said
 
 
