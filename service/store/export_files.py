@@ -55,8 +55,8 @@ def verify_export(
 ) -> list[LogReport]:
     """Check an export without any database; return a report for each log.
 
-    `cuts` are the sizes of the checkpoints that it is compared with. Raise Unreadable if it does not
-    begin with a checkpoint, OSError, and whatever `pinning` raises.
+    `cuts` are the sizes of the checkpoints that it is compared with. Raise Unreadable if it does
+    not begin with a checkpoint, OSError, and whatever `pinning` raises.
     """
     check = ExportCheck(pinning)
     stretches = _stretches(path, cuts, chunk)
