@@ -669,7 +669,7 @@ async def test_signing_keys_are_listed_in_the_order_of_their_publication(
     active, pending = listed
     assert active.keys() == {
         *("kid", "state", "bits", "published_at", "may_sign_from"),
-        *("activated_at", "rotate_at", "publish_until", "verifiers"),
+        *("activated_at", "rotate_at", "rotation_asked_at", "publish_until", "verifiers"),
     }
     # Postgres read its clock for each.
     beyond = at(active["rotate_at"]) - at(active["activated_at"]) - timedelta(days=30)

@@ -113,6 +113,7 @@ ADMIN = {
     ),
 }
 PUBLIC = {
+    "/",
     "/oauth/token",
     "/.well-known/jwks.json",
     "/.well-known/oauth-authorization-server",

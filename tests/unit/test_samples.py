@@ -65,7 +65,7 @@ def arguments(command: str) -> list[str]:
 def test_a_shell_reads_the_command_as_it_was_meant(file_name: str) -> None:
     upload = upload_of(file_name)
     given = arguments(upload_command(URL, upload, Secret("e.y.J")))
-    assert given[:3] == ["-X", "POST", URL]
+    assert given[:4] == ["-sS", "-X", "POST", URL]
     assert given[3:7] == [
         "-H",
         "Authorization: Bearer e.y.J",
