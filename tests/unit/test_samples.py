@@ -66,15 +66,15 @@ def test_a_shell_reads_the_command_as_it_was_meant(file_name: str) -> None:
     upload = upload_of(file_name)
     given = arguments(upload_command(URL, upload, Secret("e.y.J")))
     assert given[:4] == ["-sS", "-X", "POST", URL]
-    assert given[3:7] == [
+    assert given[4:8] == [
         "-H",
         "Authorization: Bearer e.y.J",
         "-H",
         "X-Approver-Department: retail",
     ]
-    assert given[7::2] == ["-F", "-F"]
-    assert given[8].startswith(("file=@./", 'file=@"./'))
-    assert json.loads(given[10].removeprefix("metadata=")) == upload.members
+    assert given[8::2] == ["-F", "-F"]
+    assert given[9].startswith(("file=@./", 'file=@"./'))
+    assert json.loads(given[11].removeprefix("metadata=")) == upload.members
 
 
 def test_the_exchange_takes_the_secret_from_the_environment(user: ServiceUser) -> None:
