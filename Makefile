@@ -41,9 +41,11 @@ $(VERIFIER): $(LOCKED) deploy/verifier/pyproject.toml deploy/verifier/README.md 
 run: install ## Start authority and example ingest service (PORT=8080 INGEST_PORT=8081)
 	@$(BIN)/python deploy/run.py --port $(PORT) --ingest-port $(INGEST_PORT)
 
+# Playwright's event loop stays in its process to the end: the pages are tested in one of their own.
 test: install ## Run all tests; those that this machine cannot run say why
 	$(BIN)/pytest --durations=20 -n 2 tests/unit tests/store tests/http
-	$(BIN)/pytest --durations=20 tests/interop tests/browser tests/faults
+	$(BIN)/pytest --durations=20 tests/interop tests/faults
+	$(BIN)/pytest --durations=20 tests/browser
 
 check: install ## Lint, format, types, imports, Dockerfile, openapi.yaml
 	$(BIN)/ruff check

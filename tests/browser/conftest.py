@@ -83,7 +83,7 @@ class Console:
         return found.json()[list_name][0]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def console() -> Generator[Console, None, None]:
     """One installation for all tests of this folder."""
     ingest_port = free_port()
@@ -105,7 +105,7 @@ def console() -> Generator[Console, None, None]:
                 yield Console(authority=authority, ingest=ingest, api=client)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def chromium(skip_or_fail: Callable[[str], NoReturn]) -> Generator[Browser, None, None]:
     """A real Chromium without a screen."""
     program = shutil.which("chromium") or shutil.which("chromium-browser")
