@@ -42,16 +42,18 @@ def credentials() -> None:
 
 credentials.add_command(leaked)
 
-
-@credentials.command()
-@service_user_argument
-@click.option("--label", required=True, help="Who holds it, or since when: to tell it by.")
-@click.option(
+expires_option = click.option(
     "--expires",
     "expires_at",
     type=Moment(ahead=True, end_of_day=True),
     help="A date (through its end, UTC), a time with offset, or a duration; else a year.",
 )
+
+
+@credentials.command()
+@service_user_argument
+@click.option("--label", required=True, help="Who holds it, or since when: to tell it by.")
+@expires_option
 @json_option
 def create(service_user: str, label: str, expires_at: str | None, as_json: bool) -> None:
     """Create a credential and print its secret, this once.
@@ -75,12 +77,7 @@ def create(service_user: str, label: str, expires_at: str | None, as_json: bool)
 @credentials.command("hand-over")
 @service_user_argument
 @click.option("--label", required=True, help="Who will hold it: to tell it by.")
-@click.option(
-    "--expires",
-    "expires_at",
-    type=Moment(ahead=True, end_of_day=True),
-    help="A date (through its end, UTC), a time with offset, or a duration; else a year.",
-)
+@expires_option
 @json_option
 def hand_over(service_user: str, label: str, expires_at: str | None, as_json: bool) -> None:
     """Create a credential and print a link to its secret.

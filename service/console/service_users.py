@@ -14,7 +14,11 @@ from litestar import Controller, Response, get, post
 from litestar.di import NamedDependency
 from litestar.params import FromQuery, PathParameter
 
-from service.authority.administration import Administration
+from service.authority.administration import (
+    Administration,
+    NewServiceUser,
+    ServiceUserChange,
+)
 from service.authority.audit import Action
 from service.authority.errors import Conflict, Invalid, PreconditionFailed
 from service.authority.hand_over import HandOvers
@@ -351,12 +355,14 @@ def beside(
     return {}, error.detail, status_of(error)
 
 
-def _all_wrong(request: AnyRequest, asked: object) -> tuple[Mapping[str, str], str, HTTPStatus]:
+def _all_wrong(
+    request: AnyRequest, asked: NewServiceUser | ServiceUserChange | dict[str, str]
+) -> tuple[Mapping[str, str], str, HTTPStatus]:
     """Return the faults of the fields, if that is what was found."""
     if not isinstance(asked, dict):
         return {}, "", HTTPStatus.OK
     note(request.scope, refused=Invalid.reason)
-    return asked, "", HTTPStatus.UNPROCESSABLE_ENTITY  # type: ignore[return-value]
+    return asked, "", HTTPStatus.UNPROCESSABLE_ENTITY
 
 
 async def _form_parts(

@@ -19,8 +19,8 @@ from service.console.forms import Form
 from service.console.gate import form_of, session_of
 from service.console.page import AnyRequest, page, redirect
 from service.console.service_users import ServiceUserIdInPath
-from service.http.context import origin_of
-from service.http.errors import admin_refusal, mint_refusal
+from service.http.context import note, origin_of
+from service.http.errors import status_of
 
 _PATH: Final = "/console/token"
 
@@ -143,10 +143,12 @@ async def chosen(
     )
 
 
-def told(request: AnyRequest, error: Forbidden | NotFound | OAuthError) -> int:
+def told(request: AnyRequest, error: Forbidden | NotFound | OAuthError) -> HTTPStatus:
     """Return the status of a refusal that is shown beside its form; it goes on record like any."""
-    refuse = mint_refusal if isinstance(error, OAuthError) else admin_refusal
-    return refuse(request, error).status_code or HTTPStatus.INTERNAL_SERVER_ERROR  # type: ignore[arg-type]
+    note(request.scope, refused=error.reason)
+    if isinstance(error, OAuthError):
+        return HTTPStatus.UNPROCESSABLE_ENTITY
+    return status_of(error)
 
 
 def decoded(token: Secret) -> tuple[str, str]:
