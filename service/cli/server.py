@@ -37,7 +37,7 @@ from service.cli.arguments import confirm
 from service.logging import configure_logging
 from service.settings import Settings, SettingsError, warnings
 from service.store.audit_logs import newest_vkey, open_log
-from service.store.database import MIGRATING, check_server, connect, sqlstate
+from service.store.database import MIGRATING, ConnectionRefused, check_server, connect, sqlstate
 from service.store.embedded import EmbeddedPostgres, find_running
 from service.store.migrate import MigrationRefused, migrate, require_schema
 
@@ -47,6 +47,8 @@ _POSTGRES_REFUSALS: Final = {
     "28000": "Postgres refuses this role from here (pg_hba.conf). Correct PRIVYSEAL_DATABASE_URL.",
     "3D000": "Postgres has no such database. Correct PRIVYSEAL_DATABASE_URL, or make it: "
     "deploy/postgres/roles.sql",
+    "55000": "The database takes no connections just now (ALLOW_CONNECTIONS false), as during a "
+    "restore. Try again when that is over.",
     "42501": "Postgres does not let this role do that: `privyseal migrate` is for the owner of the "
     "schema (privyseal_owner), everything else for privyseal_service.",
 }
@@ -317,6 +319,8 @@ async def _preflight(settings: Settings) -> None:
                 raise StartRefused(trouble)
             log.warning("starting_without_hsm", error=trouble)
         await _check_log_key(settings)
+    except ConnectionRefused:
+        raise  # nothing that waiting alone would mend
     except StoreUnavailable as error:
         log.warning("starting_without_postgres", error=str(error))
 
@@ -344,6 +348,8 @@ async def _check_server(settings: Settings) -> str:
     dsn = _dsn(settings)
     try:
         await check_server(dsn)
+    except ConnectionRefused:
+        raise
     except StoreUnavailable as error:
         raise StartRefused(
             f"No answer at {_hosts(dsn)} ({error}). Start Postgres, or correct "
@@ -699,11 +705,11 @@ def refusing(act: Callable[[], T]) -> T:
 def _in_words(failure: Exception) -> str:
     if isinstance(failure, AdminRefusal):
         return failure.detail
-    if isinstance(failure, StoreUnavailable):
-        return f"Postgres does not answer ({failure}). Is it running, and is the URL right?"
     if state := sqlstate(failure):
         unexpected = f"Postgres refused: {type(failure).__name__} (SQLSTATE {state})."
         return _POSTGRES_REFUSALS.get(state, unexpected)
+    if isinstance(failure, StoreUnavailable):
+        return f"Postgres does not answer ({failure}). Is it running, and is the URL right?"
     return str(failure)
 
 

@@ -61,9 +61,20 @@ MIGRATING = Deadlines(
 )
 
 
+class ConnectionRefused(StoreUnavailable):
+    """Postgres answers and lets nobody in: a password was changed, or a restore is under way.
+
+    `sqlstate` says which (PostgreSQL, appendix A).
+    """
+
+    def __init__(self, error: asyncpg.PostgresError) -> None:
+        super().__init__(f"{type(error).__name__} {error.sqlstate}")
+        self.sqlstate = error.sqlstate
+
+
 def sqlstate(error: BaseException) -> str | None:
     """Return the SQLSTATE of an error that Postgres reported, `None` for any other error."""
-    return error.sqlstate if isinstance(error, asyncpg.PostgresError) else None
+    return error.sqlstate if isinstance(error, asyncpg.PostgresError | ConnectionRefused) else None
 
 
 def is_unavailability(error: BaseException) -> bool:
@@ -100,16 +111,28 @@ def loss_as_unavailable() -> Generator[None, None, None]:
         raise StoreUnavailable(f"{kind} {state}" if state else kind) from None
 
 
+@contextmanager
+def _refusal_as_unavailable() -> Generator[None, None, None]:
+    """The same, for an attempt to connect: there is no question yet that could be wrong."""
+    with loss_as_unavailable():
+        try:
+            yield
+        except asyncpg.PostgresError as error:
+            if is_unavailability(error):
+                raise
+            raise ConnectionRefused(error) from None
+
+
 async def connect(
     dsn: Secret, *, application_name: str, deadlines: Deadlines = SERVING
 ) -> "asyncpg.Connection[asyncpg.Record]":
     """Open one connection to the primary among the hosts of `dsn`.
 
-    Raises `StoreUnavailable` within `deadlines.connect`. A refused password and the like raise
-    asyncpg's errors. The caller owns the connection: `terminate()` never waits, `close(timeout=)`
-    says good-bye first.
+    Raises `StoreUnavailable` within `deadlines.connect`, for a refused password and the like
+    `ConnectionRefused`. The caller owns the connection: `terminate()` never waits,
+    `close(timeout=)` says good-bye first.
     """
-    with loss_as_unavailable():
+    with _refusal_as_unavailable():
         return await asyncpg.connect(
             dsn.reveal(),
             timeout=deadlines.connect,
@@ -159,8 +182,9 @@ class Database:
         A lost connection does not return to the pool; after 25006 none does: the whole pool still
         talks to a primary that was demoted.
         """
-        with loss_as_unavailable():
+        with _refusal_as_unavailable():
             connection = await self._pool.acquire(timeout=self._deadlines.acquire)
+        with loss_as_unavailable():
             try:
                 yield connection
             except Exception as error:

@@ -162,7 +162,10 @@ async def test_health_says_what_stands_behind_it_and_nothing_secret(
 
 
 async def test_p6_keys_and_metadata_outlive_postgres_and_an_exchange_fails_quickly(
-    client: httpx.AsyncClient, operator_credential: Credential, sql: SQL
+    client: httpx.AsyncClient,
+    operator: httpx.AsyncClient,
+    operator_credential: Credential,
+    sql: SQL,
 ) -> None:
     jwks = (await client.get(JWKS)).content
     grant = {"grant_type": "client_credentials"}
@@ -179,8 +182,11 @@ async def test_p6_keys_and_metadata_outlive_postgres_and_an_exchange_fails_quick
     assert answer.headers["cache-control"] == "no-store"
     assert (await client.get(JWKS)).content == jwks
     assert (await client.get(METADATA[0])).status_code == 200
-    ready = await client.get("/readyz")
-    assert (ready.status_code, ready.json()["postgres"]) == (200, False)
+    assert (await operator.get("/api/v1/service-users")).status_code == 503
+    async with asyncio.timeout(5):  # until every writer has seen that its connection is gone
+        while (ready := await client.get("/readyz")).json()["postgres"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert ready.status_code == 200
 
 
 async def test_l2_random_client_ids_and_paths_make_no_metric_series(

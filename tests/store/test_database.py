@@ -1,6 +1,7 @@
 """Connections have deadlines, losing one has one name, and unsafe servers are refused at start."""
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -13,7 +14,14 @@ import structlog.testing
 
 from keys.secret import Secret
 from service.authority.errors import StartRefused, StoreUnavailable
-from service.store.database import Database, Deadlines, check_server, connect, loss_as_unavailable
+from service.store.database import (
+    ConnectionRefused,
+    Database,
+    Deadlines,
+    check_server,
+    connect,
+    loss_as_unavailable,
+)
 from service.store.embedded import EmbeddedPostgres, Running
 
 pytestmark = pytest.mark.anyio
@@ -198,6 +206,21 @@ async def test_wrong_questions_are_not_unavailability(database: Running) -> None
             with pytest.raises(error):
                 async with pool.connection() as connection:
                     await connection.fetchval(query, argument)
+
+
+async def test_a_server_that_lets_nobody_in_is_unavailable_and_says_why(database: Running) -> None:
+    dsn = database.service_dsn.reveal()
+    for wrong, state in (
+        (Secret(re.sub(r":[^:@]*@", ":wrong@", dsn)), "28P01"),
+        (Secret(re.sub(r"/[^/]*$", "/nothing", dsn)), "3D000"),
+    ):
+        with pytest.raises(ConnectionRefused, match=state):
+            await connect(wrong, application_name="test")
+        async with Database(wrong, application_name="test") as pool:
+            with pytest.raises(ConnectionRefused) as refused:
+                async with pool.connection():
+                    pass
+        assert refused.value.sqlstate == state
 
 
 async def test_neither_log_nor_error_repeats_an_argument(database: Running) -> None:
