@@ -291,6 +291,8 @@ class Authority:
             console_audience=settings.console_audience,
             token_issuer=self._issuer,
             operators=self._operators,
+            audit=self.audit,
+            sign_outs=stores.records,
             clock=self.clock,
         )
         self._claims = Claims(audit=self.audit, clock=self.clock)

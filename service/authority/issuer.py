@@ -4,6 +4,7 @@ Knows no HTTP and no SQL, and holds no private key.
 """
 
 import asyncio
+import hashlib
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from typing import Final, Protocol
@@ -224,6 +225,11 @@ class SignIn(Struct, frozen=True, kw_only=True):
     id: str
     at: int
 
+    @property
+    def digest(self) -> str:
+        """What stands for it on record: who reads the log must not learn what forms prove with."""
+        return hashlib.sha256(b"privyseal session " + self.id.encode()).hexdigest()
+
 
 class Terms(Struct, frozen=True, kw_only=True):
     """What every token of this authority has in common."""
@@ -347,6 +353,7 @@ def grant(
         aud=audience,
         scope=scope,
         signing_input_sha256=unsigned.sha256,
+        details={} if signed_in is None else {"session": signed_in.digest},
         **({} if minter is None else minter.as_actor()),
         **personal(origin),
     )

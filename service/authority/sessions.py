@@ -5,12 +5,20 @@ Keeps nothing: the cookie is all that there is, and what it says is judged anew 
 """
 
 import secrets
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 from msgspec import Struct
 
 from keys.keyring import SigningKey
+from service.authority.audit import (
+    Action,
+    AuditLog,
+    AuditRecord,
+    Outcome,
+    new_record_id,
+    personal,
+)
 from service.authority.client_auth import authenticate
 from service.authority.errors import OAuthError, OAuthErrorCode, Unauthenticated
 from service.authority.issuer import (
@@ -66,9 +74,17 @@ class Session(Struct, frozen=True, kw_only=True):
         return self.service_user.is_person and not self.is_operator
 
 
+class SignOuts(Protocol):
+    """Finds what is on record of sessions that ended."""
+
+    async def is_ended(self, session: str) -> bool:
+        """Whether whoever signed in has signed out; raise StoreUnavailable."""
+        ...
+
+
 class Sessions:
-    """Signs in, recognizes and renews. Each raises TemporarilyUnavailable or StoreUnavailable
-    while nothing can be put on record."""
+    """Signs in, recognizes, renews and ends. Each raises TemporarilyUnavailable, StoreUnavailable
+    or AuditUnavailable while nothing can be read or put on record."""
 
     def __init__(
         self,
@@ -77,12 +93,16 @@ class Sessions:
         console_audience: str,
         token_issuer: TokenIssuer,
         operators: Operators,
+        audit: AuditLog,
+        sign_outs: SignOuts,
         clock: Clock,
     ) -> None:
         self._terms = Terms(issuer=issuer, api_audience=console_audience)
         self._audience = console_audience
         self._token_issuer = token_issuer
         self._operators = operators
+        self._audit = audit
+        self._sign_outs = sign_outs
         self._clock = clock
 
     async def sign_in(self, request: TokenRequest) -> AccessToken:
@@ -143,6 +163,8 @@ class Sessions:
         session = Session(operator=operator, signed_in=signed_in, expires_at=claims.exp)
         if self._clock() >= session.ends_at:
             raise Unauthenticated("Signed in 8 hours ago: it takes a new sign-in.")
+        if await self._sign_outs.is_ended(signed_in.digest):
+            raise Unauthenticated("You signed out of this session.")
         return session
 
     def is_due(self, session: Session) -> bool:
@@ -162,6 +184,24 @@ class Sessions:
             return self._granted(operator.service_user, credential, key, session.signed_in, origin)
 
         return await self._token_issuer.issue_from_fresh(session.service_user.id, decide)
+
+    async def end(self, session: Session, origin: ClientAddress) -> None:
+        """Sign out: once this returns, no copy of a token of this session opens anything."""
+        user = session.service_user
+        record = AuditRecord(
+            id=new_record_id(self._clock()),
+            action=Action.SESSION_END,
+            outcome=Outcome.SUCCESS,
+            service_user_id=user.id,
+            service_user=user.name,
+            source_system=user.source_system,
+            credential_id=session.operator.credential_id,
+            details={"session": session.signed_in.digest},
+            # Whatever changed meanwhile, it ends.
+            **{**session.operator.as_actor(), "actor_version": None},
+            **personal(origin),
+        )
+        await self._audit.append(record)
 
     def _granted(
         self,

@@ -109,10 +109,13 @@ class SignInController(Controller):
         await renew(request, sessions)
         return page(request, "session.txt")
 
-    @post("/sign-out", opt={ANYBODY: True}, status_code=HTTPStatus.OK)
-    async def sign_out(self, request: AnyRequest) -> Response[Any]:
-        """Forget the session in this browser."""
+    @post("/sign-out", opt={ANYBODY: True, "action": Action.SESSION_END}, status_code=HTTPStatus.OK)
+    async def sign_out(
+        self, request: AnyRequest, sessions: NamedDependency[Sessions]
+    ) -> Response[Any]:
+        """End the session, here and wherever a copy of its cookie is."""
         set_session(request, None)
+        await sessions.end(session_of(request), origin_of(request.scope))
         return redirect(request, SIGN_IN)
 
 

@@ -42,6 +42,11 @@ SELECT service_user_id, credential_id, signing_input_sha256
   FROM audit_records WHERE id = $1 AND action = 'token.issue' AND outcome = 'success'
 """
 
+SELECT_SESSION_END = """
+SELECT EXISTS (SELECT FROM audit_records
+                WHERE action = 'session.end' AND details ->> 'session' = $1)
+"""
+
 # Where the records of a page stand is found first, from an index alone if there is one for that:
 # what belongs to them is looked up for those few.
 _SELECT_RECORDS = """
@@ -221,6 +226,11 @@ class AuditRecords:
                 (held for held in holder.credentials if held.id == record["credential_id"]), None
             ),
         )
+
+    async def is_ended(self, session: str) -> bool:
+        """Whether this session of the console was signed out of; raise StoreUnavailable."""
+        async with self._database.connection() as connection:
+            return await connection.fetchval(SELECT_SESSION_END, session)
 
     async def read(
         self, wanted: RecordFilter, *, cursor: str | None, newest_first: bool, limit: int

@@ -286,6 +286,42 @@ async def test_after_8_hours_it_takes_a_new_sign_in(
     assert "8 hours" in (await person.get("/sign-in?ended=true")).text
 
 
+async def test_after_a_sign_out_no_copy_of_the_cookie_opens_or_renews_anything(
+    person: ConsoleClient,
+    operator_credential: Credential,
+    session_since: Callable[..., Awaitable[str]],
+    client: httpx.AsyncClient,
+    settings: Settings,
+    records: Records,
+) -> None:
+    older = person.cookie = await session_since(3600, LIFETIME // 2 - 100)
+    await person.get("/")
+    renewed, signed_in = person.cookie, claims_of(person)
+    assert renewed != older
+    assert (await person.post("/sign-out")).status_code == 303
+    assert person.cookie is None
+    for cookie in (older, renewed):
+        copy = ConsoleClient(client, settings.issuer)
+        copy.cookie, copy.csrf = cookie, person.csrf
+        answer = await copy.get("/")
+        assert (answer.status_code, answer.headers["location"]) == (
+            303,
+            "/console/sign-in?ended=1",
+        )
+        assert "You signed out" in (await copy.post("/session")).text
+        assert copy.cookie == cookie
+
+    (end,) = await records(action="session.end")
+    assert end["service_user_id"] == end["actor_id"] == operator_credential[0]
+    (first,) = await records(jti=signed_in["jti"])
+    assert end["details"] == first["details"]
+    assert signed_in["sid"] not in str((first, end))
+
+    # Only that session: the credential is as good as before.
+    assert (await person.sign_in(operator_credential)).status_code == 303
+    assert (await person.get("/")).status_code == 200
+
+
 @pytest.mark.parametrize("changes", [{"sid": ...}, {"auth_time": ...}, {"auth_time": "now"}])
 async def test_a_token_that_goes_back_to_no_sign_in_opens_nothing(
     person: ConsoleClient,

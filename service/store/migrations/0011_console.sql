@@ -21,6 +21,10 @@ CREATE INDEX audit_records_openings_refused ON audit_records (recorded_at)
 CREATE INDEX audit_records_openings_refused_of ON audit_records (service_user_id, recorded_at)
     WHERE action = 'credential.open' AND outcome = 'refused' AND credential_id IS NOT NULL;
 
+-- Looked up at every page.
+CREATE INDEX audit_records_sessions_ended ON audit_records ((details ->> 'session'))
+    WHERE action = 'session.end';
+
 -- The same contract as before, so the same name: what nobody opened yet, nobody administers with.
 CREATE OR REPLACE FUNCTION operator_until_1() RETURNS timestamptz
 LANGUAGE sql STABLE AS $$
