@@ -25,10 +25,7 @@ from typing import Protocol, TypeVar
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 import pkcs11
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey, RSAPublicNumbers
-from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
@@ -38,7 +35,7 @@ from msgspec import Struct
 from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass, PKCS11Error
 
 from keys.secret import Secret
-from keys.signer import CustodyError, KeptKey, Signer
+from keys.signer import CustodyError, KeptKey, Signer, proven
 from keys.verifier import thumbprint
 
 PKCS11 = "pkcs11:"
@@ -187,15 +184,7 @@ class Pkcs11Custody:
     async def open(self, kept: KeptKey) -> Signer:
         """Return a signer whose first signature verified under the public half."""
         address = KeyAddress.parse(kept.uri)
-        signer = Pkcs11Signer(self._token, self._thread, address, kept)
-        challenge = os.urandom(32)
-        try:
-            kept.public_key.verify(await signer.sign(challenge), challenge, PKCS1v15(), SHA256())
-        except InvalidSignature:
-            raise CustodyError(
-                f"key {kept.kid}: what its token signs does not verify under its public half"
-            ) from None
-        return signer
+        return await proven(kept, Pkcs11Signer(self._token, self._thread, address, kept))
 
     async def destroy(self, uri: str) -> None:
         """Destroy both halves and every copy; return once the token has none left."""

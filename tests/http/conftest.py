@@ -29,7 +29,7 @@ from keys.signer import LOCAL, KeptKey
 from keys.verifier import thumbprint
 from service.app import Authority, rotation_policy
 from service.authority.administration import first_operator
-from service.authority.audit import Action, AuditRecord, Outcome, new_record_id
+from service.authority.audit import Action, AuditRecord, Outcome, new_record_id, sequencer
 from service.settings import Settings
 from service.store.database import Database
 from service.store.embedded import Running
@@ -42,6 +42,9 @@ Credential: TypeAlias = tuple[str, str]
 """client_id and client_secret, as httpx takes them for HTTP Basic."""
 
 Records: TypeAlias = list[dict[str, Any]]
+
+TICK = 0.1
+"""Seconds between two looks of the sequencer, so that no test waits long for a record's place."""
 
 VISIBLE_WITHIN = 8.0
 """Seconds: a record is shown once no older transaction of the whole server is under way."""
@@ -73,8 +76,10 @@ async def authority(
     settings: Settings,
     keks: KeyEncryptionKeys,
     operator_credential: Credential,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncGenerator[Authority, None]:
     """A running authority, with its keys and its first operator."""
+    monkeypatch.setattr(sequencer, "TICK", TICK)
     built = Authority(settings, dsn=database.service_dsn, read_keks=lambda: keks)
     async with built.litestar.lifespan():
         assert built.health().ready
@@ -246,8 +251,10 @@ def live_server(
             uvicorn.Config(create_app, factory=True, log_config=None, access_log=False)
         )
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-        thread.start()
-        yield url, operator
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sequencer, "TICK", TICK)
+            thread.start()
+            yield url, operator
         server.should_exit = True
         thread.join(timeout=10)
         assert not thread.is_alive()

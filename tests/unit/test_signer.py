@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPrivateNumbers
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
@@ -72,6 +72,28 @@ def test_a_private_half_that_is_no_rsa_key_is_refused(
     sealed = keks.seal(der, purpose="signing-key", kid=new_key.kid)
     with pytest.raises(CustodyError, match="does not belong to its public half"):
         unseal(msgspec.structs.replace(new_key, sealed_private=sealed), keks)
+
+
+@pytest.mark.anyio
+async def test_a_damaged_private_half_is_found_before_it_signs_for_anybody(
+    new_key: KeptKey, keks: KeyEncryptionKeys
+) -> None:
+    private = unseal(new_key, keks).private_numbers()
+    wrong = RSAPrivateNumbers(
+        p=private.p,
+        q=private.q,
+        d=private.d ^ 2,
+        dmp1=private.dmp1 ^ 2,
+        dmq1=private.dmq1,
+        iqmp=private.iqmp,
+        public_numbers=private.public_numbers,
+    ).private_key(unsafe_skip_rsa_key_validation=True)
+    der = wrong.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+    sealed = keks.seal(der, purpose="signing-key", kid=new_key.kid)
+    with ThreadPoolExecutor(1) as executor:
+        custody = LocalCustody(lambda: keks, executor)
+        with pytest.raises(CustodyError, match="does not verify under its public half"):
+            await custody.open(msgspec.structs.replace(new_key, sealed_private=sealed))
 
 
 def test_another_kek_opens_nothing(new_key: KeptKey) -> None:

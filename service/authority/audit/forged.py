@@ -1,4 +1,4 @@
-"""How many forged tokens were reported lately, for every operator to see.
+"""How many forged tokens were noticed lately, for every operator to see.
 
 Proves nothing: `attribution.py` does.
 """
@@ -37,14 +37,14 @@ class ForgedTokens:
         self._counted_at: float | None = None
 
     async def count(self) -> int:
-        """Return the count of at most 2 s ago, or the last one known while the store is away."""
+        """Return the count of at most 2 s ago, or the last one known while the next is counted."""
         now = self._clock()
         # A clock that was set back must not keep an old count.
         if self._counted_at is None or not 0 <= now - self._counted_at < GOOD_FOR:
+            self._counted_at = now  # first: whoever asks meanwhile need not count too
             try:
                 async with asyncio.timeout(DEADLINE):
                     self._count = await self._records.count_forged(DAYS)
             except (StoreUnavailable, TimeoutError) as error:
                 log.warning("forged_tokens_not_counted", error=type(error).__name__)
-            self._counted_at = now
         return self._count
