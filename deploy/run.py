@@ -382,6 +382,8 @@ curl -X POST '{places.ingest}/api/v1/ingest' \\
     _heading("Be the operator")
     click.echo(f"""
 export PRIVYSEAL_URL={places.issuer}
+export PRIVYSEAL_ISSUER={places.issuer}
+export PRIVYSEAL_DATA_DIR={places.var}
 export PRIVYSEAL_CLIENT_ID={operator[0]}
 export PRIVYSEAL_CLIENT_SECRET=\\
 {operator[1]}

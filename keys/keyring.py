@@ -40,6 +40,8 @@ class SigningKey(Struct, frozen=True, kw_only=True):
 
     Times are seconds since the epoch. `lifetime_cap` is the longest lifetime, in seconds, of a
     token that the key may have signed: stamped when it becomes active, enforced at each commit.
+    `is_attested` is whether it is known to be made here: a key that is not is not published, and
+    never becomes the one that signs.
     `released_at` is when an operator asked for the rotation away from this key: then it waits for
     no verifier.
     """
@@ -49,6 +51,7 @@ class SigningKey(Struct, frozen=True, kw_only=True):
     public_key: RSAPublicKey
     published_at: float
     signer: Signer | None = None
+    is_attested: bool = False
     activated_at: float | None = None
     rotate_at: float | None = None
     released_at: float | None = None
@@ -96,7 +99,11 @@ class KeyRing:
     @cached_property
     def published(self) -> Mapping[str, RSAPublicKey]:
         """What verifiers may trust, by kid."""
-        return {key.kid: key.public_key for key in self.keys if key.state in PUBLISHED}
+        return {
+            key.kid: key.public_key
+            for key in self.keys
+            if key.state in PUBLISHED and key.is_attested
+        }
 
     @cached_property
     def jwks(self) -> bytes:
@@ -169,6 +176,9 @@ def next_step(
         return Retire(kid=min(ends)[1])
     if ring.pending is None:
         return Prepare()
+    if not ring.pending.is_attested:
+        # Somebody put it there: only a person can tell why, and revoke it.
+        return Wait(until=min((until for until, _ in ends), default=math.inf))
     if ring.active is None:
         return Activate(kid=ring.pending.kid)
     due = rotation_due(ring.active, ring.pending, policy)
@@ -197,6 +207,7 @@ class Concern(StrEnum):
     NEXT_KEY_UNUSABLE = "the next key cannot be used by this process"
     VERIFIERS_AWAITED = "verifiers that lack the next key delay the rotation"
     ROTATION_OVERDUE = "the rotation is overdue"
+    KEY_NOT_ATTESTED = "a key that was not made here is in the database, and is not published"
 
 
 def concerns(
@@ -220,6 +231,8 @@ def concerns(
     # A rotator that works needs seconds.
     elif active is not None and now >= _stamped(active.rotate_at) + policy.clock_skew:
         found.append(Concern.ROTATION_OVERDUE)
+    if not all(key.is_attested for key in ring.keys if key.state in PUBLISHED):
+        found.append(Concern.KEY_NOT_ATTESTED)
     return tuple(found)
 
 

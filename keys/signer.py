@@ -24,7 +24,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_der_private_key,
 )
 from msgspec import Struct
+from msgspec.structs import replace
 
+from keys.attestation import attest, require_attested
 from keys.envelope import EnvelopeError, KekReader, KeyEncryptionKeys
 from keys.verifier import thumbprint
 
@@ -42,13 +44,15 @@ class KeptKey(Struct, frozen=True, kw_only=True):
     """A key as the store keeps it; its private half is where `uri` says.
 
     `sealed_private` is that half itself, under the key-encryption key, for `local:` only; it is
-    gone once the key may no longer sign.
+    gone once the key may no longer sign. `attestation` says that it was made here: without one it
+    is not published.
     """
 
     kid: str
     uri: str
     public_key: RSAPublicKey
     sealed_private: bytes | None = None
+    attestation: bytes | None = None
 
 
 class Signer(Protocol):
@@ -125,10 +129,14 @@ class LocalCustody:
         return ()
 
     def _keks(self) -> KeyEncryptionKeys:
-        try:
-            return self._read_keks()
-        except EnvelopeError as error:
-            raise CustodyError(str(error)) from None
+        return _read(self._read_keks)
+
+
+def _read(read_keks: KekReader) -> KeyEncryptionKeys:
+    try:
+        return read_keks()
+    except EnvelopeError as error:
+        raise CustodyError(str(error)) from None
 
 
 def scheme_of(uri: str) -> str:
@@ -142,14 +150,20 @@ class CustodyBySchemes:
     So an installation moves from one custody to another by a rotation.
     """
 
-    def __init__(self, new_keys_in: str, custodies: Mapping[str, Custody]) -> None:
+    def __init__(
+        self, new_keys_in: str, custodies: Mapping[str, Custody], read_keks: KekReader
+    ) -> None:
         """Schemes come with their colon: `local:`."""
         self._for_new_keys = custodies[new_keys_in]
         self._custodies = dict(custodies)
+        self._read_keks = read_keks
 
     async def new_key(self, bits: int) -> KeptKey:
-        """Make a key in the custody that is for new keys."""
-        return await self._for_new_keys.new_key(bits)
+        """Make a key in the custody that is for new keys, and attest it."""
+        # Read first: afterwards there would be a key that nobody attests.
+        keks = _read(self._read_keks)
+        key = await self._for_new_keys.new_key(bits)
+        return replace(key, attestation=key.attestation or attest(key.kid, keks))
 
     async def open(self, kept: KeptKey) -> Signer:
         """Open a key where it was made."""
@@ -185,14 +199,23 @@ async def proven(kept: KeptKey, signer: Signer) -> Signer:
     return signer
 
 
-def reseal(kid: str, sealed_private: bytes, keks: KeyEncryptionKeys) -> bytes:
-    """Return the private half sealed under the first KEK; raise EnvelopeError."""
-    der = keks.unseal(sealed_private, purpose=_PURPOSE, kid=kid)
-    return keks.seal(der, purpose=_PURPOSE, kid=kid)
+def reseal(kept: KeptKey, keks: KeyEncryptionKeys) -> KeptKey:
+    """Return the key with all that is sealed of it under the first KEK, itself if it is so already;
+    raise EnvelopeError, also for one that was not made here."""
+    require_attested(kept.kid, kept.public_key, kept.attestation, keks)
+    sealed = [each for each in (kept.sealed_private, kept.attestation) if each is not None]
+    if all(map(keks.seals, sealed)):
+        return kept
+    private = kept.sealed_private
+    if private is not None:
+        der = keks.unseal(private, purpose=_PURPOSE, kid=kept.kid)
+        private = keks.seal(der, purpose=_PURPOSE, kid=kept.kid)
+    return replace(kept, sealed_private=private, attestation=attest(kept.kid, keks))
 
 
 def generate(bits: int, keks: KeyEncryptionKeys) -> KeptKey:
-    """Make an RSA key of `bits` with e = 65537 and seal its private half. Takes up to seconds."""
+    """Make an RSA key of `bits` with e = 65537, seal its private half and attest it. Takes up to
+    seconds."""
     private_key = generate_private_key(public_exponent=65537, key_size=bits)
     kid = thumbprint(private_key.public_key())
     der = private_key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
@@ -201,6 +224,7 @@ def generate(bits: int, keks: KeyEncryptionKeys) -> KeptKey:
         uri=LOCAL,
         public_key=private_key.public_key(),
         sealed_private=keks.seal(der, purpose=_PURPOSE, kid=kid),
+        attestation=attest(kid, keks),
     )
 
 

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -37,6 +37,7 @@ from service.authority.audit.continuity import NO_LOG, Continuity
 from service.authority.audit.events import EventReports
 from service.authority.audit.export import Exports, Proven
 from service.authority.audit.forged import ForgedTokens
+from service.authority.audit.presented import PresentedTokens
 from service.authority.audit.reading import AuditReading
 from service.authority.audit.sequencer import Sequencer
 from service.authority.by_hand import TokensByHand
@@ -71,7 +72,7 @@ from service.http.alerts import alerting
 from service.http.audit import AuditRecordController
 from service.http.audit_events import AuditEventController
 from service.http.audit_tree import AuditTreeController, checkpoint_endpoint
-from service.http.context import RequestContext
+from service.http.context import RequestContext, noted, origin_of
 from service.http.errors import EXCEPTION_HANDLERS
 from service.http.export import ExportStream, Format
 from service.http.held import HeldCredentialController
@@ -94,7 +95,7 @@ from service.store.audit_log import AuditRecords, PostgresRecordWriter
 from service.store.audit_tree import AuditTree, always, postgres_log
 from service.store.checkpoint_files import CheckpointFiles
 from service.store.database import Connection, Database, check_server
-from service.store.embedded import find_running
+from service.store.embedded import require_running
 from service.store.migrate import require_schema
 from service.store.names import ServiceUserNames
 from service.store.notifications import ChangeListener
@@ -130,12 +131,7 @@ def service_dsn(settings: Settings) -> Secret:
     """Return where the store is: as set, or the embedded server that runs under DATA_DIR."""
     if settings.database_url is not None:
         return settings.database_url
-    if (running := find_running(settings.data_dir)) is None:
-        raise StartRefused(
-            f"No embedded PostgreSQL runs under {settings.data_dir}. Start `privyseal serve`, or "
-            "set PRIVYSEAL_DATABASE_URL."
-        )
-    return Secret(running.service_dsn)
+    return Secret(require_running(settings.data_dir).service_dsn)
 
 
 def kek_reader(path: Path) -> KekReader:
@@ -188,7 +184,7 @@ def custody(settings: Settings, read_keks: KekReader, executor: Executor) -> Cus
                     "pip install 'privyseal[hsm]'"
                 ) from None
             custodies[PKCS11] = Pkcs11Custody(uri)
-    return CustodyBySchemes(scheme_of(settings.key_custody[0]), custodies)
+    return CustodyBySchemes(scheme_of(settings.key_custody[0]), custodies, read_keks)
 
 
 def provider_of(settings: Settings, clock: Clock) -> Provider | None:
@@ -238,7 +234,12 @@ class Authority:
         self.database = Database(dsn, application_name="privyseal")
         self._stores = stores = Stores(self.database, clock_skew=skew)
         self.directory = CachedDirectory(stores.users)
-        self.keys = LiveKeyRing(store=stores.signing_keys, custody=self._custody, clock=self.clock)
+        self.keys = LiveKeyRing(
+            store=stores.signing_keys,
+            custody=self._custody,
+            read_keks=read_keks,
+            clock=self.clock,
+        )
         self.rotator = KeyRotator(
             keys=self.keys,
             store=stores.signing_keys,
@@ -296,6 +297,13 @@ class Authority:
             clock=self.clock,
         )
         self._claims = Claims(audit=self.audit, clock=self.clock)
+        self._presented = PresentedTokens(
+            tokens=stores.events,
+            claims=self._claims,
+            audit=self.audit,
+            broken=lambda: self.continuity.broken,
+            clock=self.clock,
+        )
         self.usage = Usage(store=stores.users, uses=stores.uses, clock=self.clock)
         self._schema_ready = asyncio.Event()
         self._draining = False
@@ -524,8 +532,8 @@ class Authority:
                         raise StartRefused(NO_LOG)
                     await connection.execute("SELECT open_audit_era_1()")
                     await connection.execute("SELECT extend_audit_partitions_1(3)")
-                await self.count_ending()
                 self._schema_ready.set()
+                await self.count_ending()
                 await asyncio.sleep(_UPKEEP)
             except StartRefused as error:
                 log.error("not_serving_from_this_database", error=str(error))
@@ -565,7 +573,12 @@ class Authority:
         await self.rotator.tick()
 
     async def _record_refusal(self, scope: Scope) -> None:
-        if "action" in scope["route_handler"].opt:
+        action = scope["route_handler"].opt.get("action", "")
+        if (token := noted(scope, "unrecorded_token")) is not None:
+            with suppress(StoreUnavailable):
+                if await self._presented.record_if_forged(token, action, origin_of(scope)):
+                    return
+        if action:
             await self.audit.append_or_count(refusal_record(scope, self.clock()))
 
     def _drain_on_sigterm(self) -> None:

@@ -61,7 +61,8 @@ for _status in ("recorded", "known", "refused", "signature_wanted"):
     reported_events.labels(_status)
 forged_tokens = Counter(
     "privyseal_forged_tokens",
-    "Reported tokens that a key of ours signed and that were never issued: that key leaked.",
+    "Tokens, reported or presented here, that a key of ours signed and that were never issued: "
+    "that key leaked.",
 )
 unverifiable_tokens = Counter(
     "privyseal_unverifiable_tokens",

@@ -35,7 +35,10 @@ _ISSUER = re.compile(
 )
 # RFC 8707 §2: an absolute URI without fragment.
 _AUDIENCE = re.compile(r"[a-z][a-z0-9+.-]{0,31}:[A-Za-z0-9._~:/?@!$&'()*+,;=%-]{1,200}")
-_WEB_ADDRESS = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~/%-]*)?")
+_WEB_ADDRESS = re.compile(
+    r"(?P<scheme>https?)://(?P<host>[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[1-9][0-9]{0,4})?"
+    r"(?:/[A-Za-z0-9._~/%-]*)?"
+)
 # OpenID Connect Discovery §3: https, no query, no fragment; a path is common.
 _OIDC_ISSUER = re.compile(
     r"(?P<scheme>https?)://(?P<host>[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[1-9][0-9]{0,4})?"
@@ -83,7 +86,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     audience: str = LOCAL_AUDIENCE
     ingest_url: str | None = None
     """Where the console's Upload page sends a document to; `None`: `audience` and `/api/v1/ingest`,
-    if that is a web address."""
+    if that is a web address, and not plain http beyond loopback: a token goes there."""
     token_lifetime: int = 900
     jwks_max_age: int = 300
     key_publish_lead: int = 86_400
@@ -163,7 +166,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def upload_url(self) -> str | None:
         """Where the console's Upload page sends a document to; None if nothing says where."""
         url = self.ingest_url or f"{self.audience.rstrip('/')}/api/v1/ingest"
-        return url if _WEB_ADDRESS.fullmatch(url) else None
+        match = _WEB_ADDRESS.fullmatch(url)
+        return url if match and not _is_in_the_clear(match) else None
 
     @property
     def api_audience(self) -> str:
@@ -271,7 +275,7 @@ def _issuer_problems(settings: Settings) -> list[str]:
             "PRIVYSEAL_ISSUER must be scheme, lower-case host and port only, such as "
             "https://tokens.example: no path, query, fragment, user name or trailing slash."
         ]
-    if match["scheme"] == "http" and not _is_loopback(match["host"]):
+    if _is_in_the_clear(match):
         return [
             "PRIVYSEAL_ISSUER is plain http and not loopback: credentials would travel in the "
             "clear. Use https."
@@ -334,6 +338,13 @@ def _key_problems(settings: Settings) -> list[str]:
             "PRIVYSEAL_KEY_ROTATION_DAYS is shorter than PRIVYSEAL_KEY_PUBLISH_LEAD: no key could "
             "be published long enough before its turn. Raise the first or lower the second."
         )
+    retained = settings.audit_retention_months
+    if retained is not None and 30 * retained < settings.key_rotation_days:
+        problems.append(
+            "PRIVYSEAL_AUDIT_RETENTION_MONTHS is shorter than PRIVYSEAL_KEY_ROTATION_DAYS: forged "
+            "tokens of the key that signs could not be told from issued ones. Raise the first or "
+            "lower the second."
+        )
     if settings.key_bits not in _KEY_BITS:
         problems.append("PRIVYSEAL_KEY_BITS must be 2048, 3072 or 4096.")
     schemes = [uri.partition(":")[0] for uri in settings.key_custody if ":" in uri]
@@ -365,7 +376,7 @@ def _provider_problems(settings: Settings) -> list[str]:
         ]
     problems: list[str] = []
     match = _OIDC_ISSUER.fullmatch(settings.oidc_issuer)
-    if not match or (match["scheme"] == "http" and not _is_loopback(match["host"])):
+    if not match or _is_in_the_clear(match):
         problems.append(
             "PRIVYSEAL_OIDC_ISSUER must be the issuer of an OpenID Connect provider exactly as its "
             "discovery document has it, such as https://login.example/realms/staff: https unless "
@@ -391,10 +402,11 @@ def _other_problems(settings: Settings) -> list[str]:
             "PRIVYSEAL_AUDIENCE is the audience of the admin API or the console. "
             "Name the service that verifies the tokens."
         )
-    if settings.ingest_url is not None and not _WEB_ADDRESS.fullmatch(settings.ingest_url):
+    if settings.ingest_url is not None and settings.upload_url is None:
         problems.append(
             "PRIVYSEAL_INGEST_URL must be the web address that takes documents, such as "
-            "https://ingest.example/api/v1/ingest: no user name, query or fragment."
+            "https://ingest.example/api/v1/ingest: https unless loopback, because a token goes "
+            "there; no user name, query or fragment."
         )
     issuer = _ISSUER.fullmatch(settings.issuer)
     if settings.audience == LOCAL_AUDIENCE and issuer and not _is_loopback(issuer["host"]):
@@ -440,6 +452,11 @@ def _hosts_and_sslmode(url: str) -> tuple[list[str], str | None]:
 
 def _without_port(host: str) -> str:
     return host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
+
+
+def _is_in_the_clear(address: re.Match[str]) -> bool:
+    """Whether what goes there can be read, and changed, on its way."""
+    return address["scheme"] == "http" and not _is_loopback(address["host"])
 
 
 def _is_loopback(host: str) -> bool:

@@ -74,8 +74,10 @@ class AuditEvents:
         except FetchFailed as error:
             self._bearer = ""
             raise AuthorityAway(str(error)) from None
-        if answer.status in (413, 422):
-            raise BatchRefused(f"status {answer.status}{_problem(answer, 'detail')}")
+        problem = _problem(answer, "detail")
+        # A 400 that says nothing is a proxy's, about the request and not about what is in it.
+        if answer.status in (413, 422) or (answer.status == 400 and problem):
+            raise BatchRefused(f"status {answer.status}{problem}")
         if answer.status != 200:
             if answer.status == 401:
                 self._bearer = ""

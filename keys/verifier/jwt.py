@@ -54,6 +54,10 @@ class UnknownKey(InvalidToken):
     """The token names a key that is not among the keys at hand; they may have changed since."""
 
 
+class ExpiredToken(InvalidToken):
+    """The token has ended. Its signature, issuer and audience are those that were expected."""
+
+
 def describable(text: str) -> str:
     """Return `text` with `?` for each character that RFC 6750 §3 keeps out of a description."""
     return _NOT_DESCRIPTION.sub("?", text)
@@ -275,7 +279,7 @@ def _check_times(
     if iat > now + skew:
         raise InvalidToken(f"iat: expected a time until {math.floor(now + skew)}, found {iat}")
     if exp <= now - skew:
-        raise InvalidToken(f"exp: expected a time after {math.floor(now - skew)}, found {exp}")
+        raise ExpiredToken(f"exp: expected a time after {math.floor(now - skew)}, found {exp}")
     # RFC 7519 §4.1.5: whoever finds an nbf must heed it.
     if "nbf" in claims and (nbf := _time(claims, "nbf")) > now + skew:
         raise InvalidToken(f"nbf: expected a time until {math.floor(now + skew)}, found {nbf}")

@@ -56,7 +56,7 @@ class Spool:
                     self._adopt(other)
         # Oldest first, with their sizes in bytes and in events; guarded, with the sums of both.
         self._guard = threading.Lock()
-        self._batches = {path: _measured(path) for path in sorted(_batches_in(self._folder))}
+        self._batches = {path: self._measured(path) for path in sorted(_batches_in(self._folder))}
         self._bytes = sum(size for size, _ in self._batches.values())
         self.events = sum(events for _, events in self._batches.values())
 
@@ -95,7 +95,7 @@ class Spool:
                 break
             paths.append(path)
             try:
-                lines += path.read_bytes().splitlines()
+                lines += self._read(path).splitlines()
             except OSError:
                 lines += [b""] * events
         return paths, lines
@@ -124,6 +124,21 @@ class Spool:
             os.close(self._lock)
             self._lock = _CLOSED
 
+    def _measured(self, path: Path) -> tuple[int, int]:
+        try:
+            data = self._read(path)
+        except OSError:
+            return 0, 1
+        return len(data), len(data.splitlines())
+
+    def _read(self, path: Path) -> bytes:
+        """Return a batch; raise OSError also for what was none: it would take any memory."""
+        with path.open("rb") as file:
+            data = file.read(self._max_bytes + 1)
+        if len(data) > self._max_bytes:
+            raise OSError(errno.EFBIG, "larger than the spool", str(path))
+        return data
+
     def _adopt(self, other: Path) -> None:
         try:
             lock = _lock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -141,14 +156,6 @@ class Spool:
 
 def _batches_in(folder: Path) -> list[Path]:
     return [path for path in folder.glob("*.jsonl") if path.is_file() and not path.is_symlink()]
-
-
-def _measured(path: Path) -> tuple[int, int]:
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return 0, 1
-    return len(data), len(data.splitlines())
 
 
 def _lock(folder: Path, how: int) -> int:

@@ -38,6 +38,7 @@ from service.authority.model import (
     Name,
     Scopes,
     ServiceUser,
+    ServiceUserFilter,
     SourceSystem,
     Status,
     Subject,
@@ -66,13 +67,7 @@ class ServiceUserStore(Protocol):
     async def fresh(self, client_id: str) -> Subject: ...
 
     async def page(
-        self,
-        *,
-        after: str,
-        limit: int,
-        name: str | None,
-        source_system: str | None,
-        status: Status | None,
+        self, wanted: ServiceUserFilter, *, after: str, limit: int
     ) -> Sequence[ServiceUser]: ...
 
     async def credentials(self, service_user_id: str) -> Sequence[Credential]: ...
@@ -182,20 +177,11 @@ class Administration:
         return _user(await self._store.fresh(service_user_id))
 
     async def page(
-        self,
-        operator: Operator,
-        *,
-        after: str,
-        limit: int,
-        name: str | None,
-        source_system: str | None,
-        status: Status | None,
+        self, operator: Operator, wanted: ServiceUserFilter, *, after: str, limit: int
     ) -> Sequence[ServiceUser]:
         """Return service users by name, starting after the name `after`."""
         operator.require(AdminScope.SERVICE_USERS_READ)
-        return await self._store.page(
-            after=after, limit=limit, name=name, source_system=source_system, status=status
-        )
+        return await self._store.page(wanted, after=after, limit=limit)
 
     async def credentials(self, operator: Operator, service_user_id: str) -> Sequence[Credential]:
         """Return the credentials of a service user, the newest first, those that ended too."""
@@ -396,6 +382,7 @@ class Administration:
             operator.require_all(user.admin_scopes)
             require_credentials_fit(user)
             require_room(subject, self._clock())
+            require_own_label(subject, credential, self._clock())
             record = self._record(
                 action,
                 operator,
@@ -574,6 +561,25 @@ def require_room(subject: Subject, now: float) -> None:
         name = _user(subject).name
         raise Conflict(
             f"{name} has {live} live credentials, and that is the most. Revoke one first."
+        )
+
+
+def require_own_label(subject: Subject, new: Credential, now: float) -> None:
+    """Raise Conflict for the label of another live credential: nobody could tell the two apart.
+
+    That of the one which it succeeds may stay: who rotates by a job says the same each time.
+    """
+    label = new.label.split()
+    if any(
+        held.label.split() == label
+        and held.id not in (new.id, new.succeeds)
+        and not held.has_ended(now)
+        for held in subject.credentials
+    ):
+        raise Conflict(
+            f"{_user(subject).name} has a live credential with the label “{new.label}”. Choose "
+            "another label.",
+            "/label",
         )
 
 

@@ -10,6 +10,7 @@ from typing import Final, Protocol
 from msgspec import Struct
 
 from keys.keyring import Concern
+from service.authority.audit import Action
 from service.authority.leaked import Held
 from service.authority.model import ENDS_SOON, AdminScope, Clock
 from service.authority.operators import Operator
@@ -58,8 +59,9 @@ class AttentionStore(Protocol):
     """What stands in Postgres; every method may raise StoreUnavailable, and looks at no more than
     it is told to, whatever there is."""
 
-    async def unknown_tokens(self, days: int, limit: int) -> Lately | None:
-        """Return what was reported of tokens that are on no record, of the newest `limit`."""
+    async def tokens_on_no_record(self, action: Action, days: int, limit: int) -> Lately | None:
+        """Return what was reported of tokens that are on no record, of the newest `limit` that got
+        this action."""
         ...
 
     async def refused_openings(self, days: int, limit: int) -> Lately | None:
@@ -141,6 +143,7 @@ class LogNow(Struct, frozen=True, kw_only=True):
     """What the log says of the last days, and how it stands itself."""
 
     unknown_tokens: Lately | None
+    unverifiable_tokens: Lately | None
     refusals: Sequence[Refusals]
     more_refusals: bool
     head: LogHead | None
@@ -172,7 +175,7 @@ class Attention(Struct, frozen=True, kw_only=True):
                     or credentials.refused_openings
                 )
             )
-            or (log and (log.unknown_tokens or log.is_behind))
+            or (log and (log.unknown_tokens or log.unverifiable_tokens or log.is_behind))
         )
 
 
@@ -233,7 +236,12 @@ class Watch:
         refusals, more = await self._store.refusals(REFUSALS_HOURS, LOOKED_AT)
         head = await self._store.head()
         return LogNow(
-            unknown_tokens=await self._store.unknown_tokens(DAYS, LOOKED_AT),
+            unknown_tokens=await self._store.tokens_on_no_record(
+                Action.TOKEN_UNKNOWN, DAYS, LOOKED_AT
+            ),
+            unverifiable_tokens=await self._store.tokens_on_no_record(
+                Action.TOKEN_UNVERIFIABLE, DAYS, LOOKED_AT
+            ),
             refusals=refusals,
             more_refusals=more,
             head=head,

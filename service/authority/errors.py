@@ -5,6 +5,8 @@ Knows no HTTP status, no header and no log: `http/errors.py` turns these into an
 
 from enum import StrEnum
 
+from service.authority.model import UnrecordedToken
+
 
 class OAuthErrorCode(StrEnum):
     """Error codes of the token endpoint: RFC 6749 §5.2, and RFC 8707 §2 for `invalid_target`."""
@@ -68,9 +70,20 @@ class Invalid(AdminRefusal):
 
 
 class Unauthenticated(AdminRefusal):
-    """The bearer token is missing, not ours, or not live now (RFC 6750 §3.1 `invalid_token`)."""
+    """The bearer token is missing, not ours, or not live now (RFC 6750 §3.1 `invalid_token`).
+
+    `has_ended` says that nothing else is wrong with it; `unrecorded` is a token that a key of ours
+    may have signed in other hands.
+    """
 
     reason = "invalid_token"
+
+    def __init__(
+        self, detail: str, *, has_ended: bool = False, unrecorded: UnrecordedToken | None = None
+    ) -> None:
+        super().__init__(detail)
+        self.has_ended = has_ended
+        self.unrecorded = unrecorded
 
 
 class Forbidden(AdminRefusal):

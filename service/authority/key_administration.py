@@ -223,6 +223,7 @@ class KeyAdministration:
             ring = await self._keys.fresh()
             if ring.active is None or ring.pending is None:
                 raise Conflict("There is no next key yet. It is made within seconds: try again.")
+            _require_attested(ring.pending)
             asked_before = ring.active.released_at
             record = self._record(
                 Action.SIGNING_KEY_ROTATE, operator, ring.active.kid, reason, origin, {}
@@ -252,6 +253,8 @@ class KeyAdministration:
             key = next((key for key in ring.keys if key.kid == kid), None)
             if key is None:
                 raise NotFound(_NOT_PUBLISHED)
+            if key.state is KeyState.ACTIVE and ring.pending is not None:
+                _require_attested(ring.pending)
             details = {"state": key.state.value}
             record = self._record(Action.SIGNING_KEY_REVOKE, operator, kid, reason, origin, details)
             return key if await self._store.revoke(key, self._policy, record) else None
@@ -375,6 +378,14 @@ class KeyAdministration:
             details=details,
             **operator.as_actor(),
             **personal(origin),
+        )
+
+
+def _require_attested(following: SigningKey) -> None:
+    if not following.is_attested:
+        raise Conflict(
+            f"The next key, {following.kid}, was not made here and must never sign. Revoke it "
+            "first, or revoke all keys."
         )
 
 

@@ -14,6 +14,8 @@ import msgspec
 import structlog
 from msgspec import Struct
 
+from keys.attestation import require_attested
+from keys.envelope import EnvelopeError, KekReader
 from keys.keyring import (
     MAY_SIGN,
     Activate,
@@ -130,11 +132,14 @@ class LiveKeyRing:
         *,
         store: SigningKeyStore,
         custody: Custody,
+        read_keks: KekReader,
         clock: Clock,
     ) -> None:
         self._store = store
         self._custody = custody
+        self._read_keks = read_keks
         self._clock = clock
+        self._attested: dict[str, KeptKey] = {}
         self._signers: dict[str, Signer] = {}
         self._ring = KeyRing()
         self._read_at = 0.0
@@ -175,8 +180,12 @@ class LiveKeyRing:
     async def _load(self, read: int) -> None:
         read_at = self._clock()
         stored = await self._store.published_keys()
-        self._ring = KeyRing([await self._opened(each) for each in stored])
+        opened = [await self._opened(each) for each in stored]
+        self._ring = KeyRing(opened)
         self._signers = {kid: s for kid, s in self._signers.items() if kid in self._kids()}
+        self._attested = {
+            key.kid: each.kept for each, key in zip(stored, opened, strict=True) if key.is_attested
+        }
         self._read, self._read_at = read, read_at
         self.loaded = True
         metrics.ring_read_at_seconds.set(read_at)
@@ -185,8 +194,8 @@ class LiveKeyRing:
         return frozenset(key.kid for key in self._ring.keys if key.signer is not None)
 
     async def _opened(self, stored: StoredKey) -> SigningKey:
-        key = stored.key
-        if key.state not in MAY_SIGN:
+        key = msgspec.structs.replace(stored.key, is_attested=self._is_attested(stored))
+        if key.state not in MAY_SIGN or not key.is_attested:
             return key
         if (signer := self._signers.get(key.kid)) is None:
             try:
@@ -196,6 +205,20 @@ class LiveKeyRing:
                 return key
             self._signers[key.kid] = signer
         return msgspec.structs.replace(key, signer=signer)
+
+    def _is_attested(self, stored: StoredKey) -> bool:
+        """Whether it was made here. What was found so stays so, with or without its KEK."""
+        key, kept = stored.key, stored.kept
+        if (found := self._attested.get(key.kid)) is not None and (
+            (found.attestation, found.public_key) == (kept.attestation, kept.public_key)
+        ):
+            return True
+        try:
+            require_attested(key.kid, key.public_key, kept.attestation, self._read_keks())
+        except EnvelopeError as error:
+            log.error("signing_key_not_attested", kid=key.kid, state=key.state, error=str(error))
+            return False
+        return True
 
 
 class KeyRotator:
@@ -281,6 +304,8 @@ class KeyRotator:
         """Return which verifiers are known to lack the next key, where that could matter."""
         if ring.active is None or ring.pending is None:
             return frozenset()
+        if not ring.pending.is_attested:
+            return frozenset()
         if self._clock() < rotation_due(ring.active, ring.pending, self._policy):
             return frozenset()
         instances = await self._evidence.instances(ring.pending.kid)
@@ -331,9 +356,10 @@ class KeyRotator:
                 return False
             ring = await self._keys.fresh()
             try:
-                if self._unsure is not None and self._unsure.kid not in ring.published:
+                unsure = self._unsure
+                if unsure is not None and all(key.kid != unsure.kid for key in ring.keys):
                     # Made, but nobody could say whether it was stored: it was not.
-                    await self._custody.destroy(self._unsure.uri)
+                    await self._custody.destroy(unsure.uri)
                 self._unsure = None
                 if ring.pending is not None:
                     return True

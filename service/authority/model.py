@@ -6,10 +6,11 @@ Holds no rule that decides a request. What a rule needs of the store is a Protoc
 import re
 import secrets
 from base64 import b32encode
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Final
+from uuid import UUID
 
 from msgspec import Meta, Struct
 
@@ -24,8 +25,13 @@ SERVICE_USER_ID: Final = "^su_[a-z2-7]{24}$"
 CREDENTIAL_ID: Final = "^cr_[a-z2-7]{24}$"
 # No underscore: so no name can be taken for an id.
 NAME: Final = "^[a-z0-9][a-z0-9.-]{0,62}$"
+MAX_SEARCH: Final = 300
+"""Characters: what a search for words may hold, whatever they are."""
+SERVICE_USER: Final = f"{SERVICE_USER_ID}|{NAME}"
 KID: Final = "^[A-Za-z0-9_-]{43}$"
 SOURCE_SYSTEM: Final = "^[a-z][a-z0-9_]{0,62}$"
+# One of ours, or what another service calls its own.
+ACTION: Final = r"^[a-z_]{1,32}\.[a-z_]{1,32}$"
 SCOPE: Final = "[a-z][a-z0-9:._-]{0,63}"
 Name = Annotated[str, Meta(pattern=NAME, examples=["vkyc-prod"])]
 SourceSystem = Annotated[str, Meta(pattern=SOURCE_SYSTEM, examples=["vkyc"])]
@@ -46,13 +52,26 @@ ReasonText = Annotated[
 ]
 Scope = Annotated[str, Meta(pattern=f"^{SCOPE}$", examples=["ingest:write"])]
 # RFC 8707 §2: an absolute URI without fragment.
+AUDIENCE: Final = r"^[a-z][a-z0-9+.-]{0,31}:[A-Za-z0-9._~:/?@!$&'()*+,;=%-]{1,200}$"
 Audience = Annotated[
     str,
     Meta(
-        pattern=r"^[a-z][a-z0-9+.-]{0,31}:[A-Za-z0-9._~:/?@!$&'()*+,;=%-]{1,200}$",
+        pattern=AUDIENCE,
         examples=["https://ingest.example"],
     ),
 ]
+EXPECTED: Final[Mapping[str, str]] = {
+    NAME: "Expected 1 to 63 of a–z, 0–9, hyphen and dot, a letter or digit first.",
+    SOURCE_SYSTEM: "Expected 1 to 63 of a–z, 0–9 and underscore, a letter first.",
+    f"^{SCOPE}$": "Expected up to 64 of a–z, 0–9 and : . _ -, a letter first.",
+    AUDIENCE: "Expected an absolute address without a fragment.",
+    SERVICE_USER: "Expected the name of a service user, or its id: su_ and 24 more.",
+    SERVICE_USER_ID: "Expected the id of a service user: su_ and 24 more.",
+    CREDENTIAL_ID: "Expected the id of a credential: cr_ and 24 more.",
+    KID: "Expected a kid: 43 letters, digits, - and _.",
+    ACTION: "Expected two words with a dot: token.issue.",
+}
+"""What each form is in words: a pattern is shown to nobody who typed something else."""
 _DISTINCT: Final = {"uniqueItems": True}
 Scopes = Annotated[list[Scope], Meta(max_length=32, extra_json_schema=_DISTINCT)]
 Audiences = Annotated[list[Audience], Meta(min_length=1, max_length=8, extra_json_schema=_DISTINCT)]
@@ -125,6 +144,18 @@ class ServiceUser(Struct, frozen=True, kw_only=True):
         """The scopes that a token for `audience` may carry, in the order of the grant."""
         admin = audience == api_audience
         return tuple(scope for scope in self.scopes if (scope in ADMIN_SCOPES) == admin)
+
+
+class ServiceUserFilter(Struct, frozen=True, kw_only=True):
+    """Which service users to list; what is empty does not count.
+
+    `search` is an id, or words: each of them begins a word of name, owner or contact.
+    """
+
+    name: str = ""
+    search: str = ""
+    source_system: str = ""
+    status: Status | None = None
 
 
 class Credential(Struct, frozen=True, kw_only=True):
@@ -230,8 +261,24 @@ class AccessToken(Struct, frozen=True, kw_only=True):
     credential_expires_at: datetime | None = None
 
 
+class UnrecordedToken(Struct, frozen=True, kw_only=True):
+    """A live token that a key of ours signed and that does not go back to an exchange on record.
+
+    `issued_at` is what the token says (seconds since the epoch), `signature` its third segment.
+    """
+
+    jti: UUID
+    kid: str
+    issued_at: int
+    signing_input_sha256: bytes
+    signature: str
+
+
 class LiveTokens(Struct, frozen=True, kw_only=True):
-    """How many tokens are still accepted offline, and when the last of them ends."""
+    """How many tokens are still accepted offline, and when the last of them ends.
+
+    Those of a revoked signing key are none: verifiers refuse them once they read the keys again.
+    """
 
     count: int
     last_ends_at: datetime | None

@@ -6,13 +6,14 @@ service user and the credential behind it must be live.
 
 import hmac
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 from uuid import UUID
 
 from msgspec import Struct
 
 from keys.keyring import KeyRing
 from keys.verifier import InvalidToken, SignedClaims, UnknownKey, decode
+from keys.verifier.jwt import ExpiredToken
 from service.authority.errors import Forbidden, TemporarilyUnavailable, Unauthenticated
 from service.authority.model import (
     ADMIN_SCOPES,
@@ -21,9 +22,12 @@ from service.authority.model import (
     Credential,
     ServiceUser,
     Status,
+    UnrecordedToken,
 )
 
 T = TypeVar("T")
+
+_REPORTING: Final = frozenset({AdminScope.AUDIT_REPORT})
 
 
 class Issuance(Struct, frozen=True, kw_only=True):
@@ -66,6 +70,11 @@ class Operator(Struct, frozen=True, kw_only=True):
     credential_id: str | None
     jti: UUID
     scopes: frozenset[str]
+
+    @property
+    def only_reports(self) -> bool:
+        """Whether there is nothing that it may administer or read; it may report."""
+        return self.scopes <= _REPORTING
 
     def require(self, scope: AdminScope) -> None:
         """Raise Forbidden unless this operator holds `scope`."""
@@ -118,7 +127,7 @@ class Operators:
         try:
             claims = await self._claims(unverified_token, audience)
         except InvalidToken as error:
-            raise Unauthenticated(str(error)) from error
+            raise Unauthenticated(str(error), has_ended=isinstance(error, ExpiredToken)) from error
         jti = UUID(claims.jti)
         issuance = await self._issuances.issuance(jti)
         if (
@@ -126,7 +135,16 @@ class Operators:
             or issuance.service_user.id != claims.sub
             or not hmac.compare_digest(issuance.signing_input_sha256, claims.signing_input_sha256)
         ):
-            raise Unauthenticated("This token was not issued here: no record of it exists.")
+            raise Unauthenticated(
+                "This token was not issued here: no record of it exists.",
+                unrecorded=UnrecordedToken(
+                    jti=jti,
+                    kid=claims.kid,
+                    issued_at=claims.iat,
+                    signing_input_sha256=claims.signing_input_sha256,
+                    signature=unverified_token.rpartition(".")[2],
+                ),
+            )
         return self._operator(jti, issuance, frozenset(claims.scope)), claims
 
     async def _claims(self, unverified_token: str, audience: str) -> SignedClaims:

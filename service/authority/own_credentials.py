@@ -11,7 +11,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from keys.secret import Secret
-from service.authority.administration import require_room
+from service.authority.administration import require_own_label, require_room
 from service.authority.audit import Action, AuditRecord, Outcome, new_record_id, personal
 from service.authority.client_auth import new_secret, secret_sha256
 from service.authority.errors import Conflict
@@ -66,7 +66,7 @@ class OwnCredentials:
 
         The successor lives as long as the old one was made for: nobody prolongs what an operator
         meant to be short. Raise Conflict if there is a successor already, no credential to
-        replace, or no room for one more.
+        replace, no room for one more, or another live credential with that label.
         """
         secret = new_secret()
 
@@ -85,6 +85,7 @@ class OwnCredentials:
                 expires_at=now + _lifetime(subject, old),
                 succeeds=old.id,
             )
+            require_own_label(subject, successor, self._clock())
             ends_at = min(old.expires_at, now + OVERLAP)
             record = AuditRecord(
                 id=new_record_id(self._clock()),

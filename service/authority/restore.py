@@ -28,6 +28,8 @@ from service.authority.audit.continuity import (
 from service.authority.errors import Conflict, StartRefused
 
 ATTEMPTS: Final = 3
+MAX_LOG_NUMBER: Final = 9999
+"""Checkpoints outside are sorted by the four digits of their log."""
 
 log = structlog.stdlib.get_logger()
 
@@ -56,10 +58,12 @@ class Difference(Struct, frozen=True, kw_only=True):
 
 
 class Toll(Struct, frozen=True, kw_only=True):
-    """What it costs to go on: the keys that are revoked, and how many credentials are held."""
+    """What it costs to go on: the keys that are revoked, how many credentials are held, and how
+    many people are disabled."""
 
     published_kids: Sequence[str]
     live_credentials: int
+    active_people: int
 
 
 class Successor(Struct, frozen=True, kw_only=True):
@@ -101,8 +105,8 @@ async def difference(
     """Return how the database differs from what was signed; None if it does not.
 
     Raise EnvelopeError if the log's key does not open: then the key-encryption keys are wrong, and
-    nothing can be said of the database. Raise StartRefused before there is a log, StoreUnavailable,
-    and OSError.
+    nothing can be said of the database. Raise StartRefused before there is a log, or if no log can
+    have a number behind that of what is kept outside; StoreUnavailable, and OSError.
     """
     current = await reader.current()
     if current is None:
@@ -111,12 +115,29 @@ async def difference(
     continuity = Continuity(outside=outside, read_keks=read_keks)
     if await continuity.compare(reader) is not None or continuity.broken is None:
         return None
-    return Difference(
+    found = Difference(
         found=continuity.broken,
         log=current,
         head=await reader.head(current.number),
         outside=await outside.newest(),
     )
+    if found.outside is not None:
+        _require_log_of_ours(found.outside, current)
+    return found
+
+
+def _require_log_of_ours(outside: OutsideNote, current: AuditLogRow) -> None:
+    """Raise StartRefused for a later log than `current` whose name is none of this authority's, or
+    that could have no successor. Its key is not here: no more can be said of it."""
+    name = f"{current.origin.rpartition('/')[0]}/{outside.log_number}"
+    if outside.log_number > current.number and (
+        outside.unverified_note.partition(b"\n")[0] != name.encode()
+        or outside.log_number >= MAX_LOG_NUMBER
+    ):
+        raise StartRefused(
+            f"{outside.place} is no checkpoint of this authority's audit logs, and would hide "
+            "every one that is kept from now on. Remove that file, and run this again."
+        )
 
 
 class Restorer:
@@ -141,10 +162,10 @@ class Restorer:
         """Return the verifier key of the log that goes on, once all of this is durable at once:
 
         every published signing key is revoked, and two new ones are in; every credential is held
-        until an operator confirms it; the log that goes on is open, and its first record says what
-        was accepted, with the newest checkpoint outside. (Records to which the closed log gave no
-        place come before that one.) Raise Conflict if the database keeps changing, CustodyError,
-        StoreUnavailable.
+        until an operator confirms it, and every person disabled until an operator enables them; the
+        log that goes on is open, and its first record says what was accepted, with the newest
+        checkpoint outside. (Records to which the closed log gave no place come before that one.)
+        Raise Conflict if the database keeps changing, CustodyError, StoreUnavailable.
         """
         signer, sealed = new_log_key(difference.next_origin, self._keks)
         signing, following = [await self._custody.new_key(self._key_bits) for _ in range(2)]

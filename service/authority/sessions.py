@@ -65,8 +65,9 @@ class Session(Struct, frozen=True, kw_only=True):
 
     @property
     def is_operator(self) -> bool:
-        """Whether it may administer anything; an integrator sees only itself."""
-        return bool(self.operator.scopes)
+        """Whether it may administer anything; an integrator sees only itself, and so does a service
+        that reports."""
+        return not self.operator.only_reports
 
     @property
     def has_nothing(self) -> bool:
@@ -162,9 +163,9 @@ class Sessions:
             raise Unauthenticated("This token goes back to no sign-in.") from None
         session = Session(operator=operator, signed_in=signed_in, expires_at=claims.exp)
         if self._clock() >= session.ends_at:
-            raise Unauthenticated("Signed in 8 hours ago: it takes a new sign-in.")
+            raise Unauthenticated("Signed in 8 hours ago: it takes a new sign-in.", has_ended=True)
         if await self._sign_outs.is_ended(signed_in.digest):
-            raise Unauthenticated("You signed out of this session.")
+            raise Unauthenticated("You signed out of this session.", has_ended=True)
         return session
 
     def is_due(self, session: Session) -> bool:

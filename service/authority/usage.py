@@ -19,7 +19,7 @@ from service.authority.model import (
     Clock,
     Credential,
     ServiceUser,
-    Status,
+    ServiceUserFilter,
     Subject,
 )
 from service.authority.operators import Operator
@@ -117,14 +117,6 @@ class EndingCredential(Struct, frozen=True, kw_only=True):
         )
 
 
-class ServiceUserFilter(Struct, frozen=True, kw_only=True):
-    """Which service users to list; what is empty does not count."""
-
-    prefix: str = ""
-    source_system: str = ""
-    status: Status | None = None
-
-
 class UseStore(Protocol):
     """Service users and their uses in Postgres; every method may raise StoreUnavailable."""
 
@@ -145,7 +137,7 @@ class Uses(Protocol):
         ...
 
     async def live_tokens(self, service_user_id: str, at_most: int) -> LiveTokenCount:
-        """Count its tokens that have not expired, up to `at_most`."""
+        """Count its tokens that have not expired and whose key was not revoked, up to `at_most`."""
         ...
 
     async def page(

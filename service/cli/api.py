@@ -60,6 +60,10 @@ class Forbidden(Refused):
     """The caller lacks the scope for this; others of its requests may do."""
 
 
+class Taken(Refused):
+    """The name is that of another."""
+
+
 class Unavailable(click.ClickException):
     """The authority could not be reached, or could not answer: later it may."""
 
@@ -283,7 +287,7 @@ class Authority:
         self._alert_shown = alert
         count = int(forged[1])
         click.secho(
-            f"ALERT: {count} forged token{'s were' if count > 1 else ' was'} reported in the last "
+            f"ALERT: {count} forged token{'s were' if count > 1 else ' was'} noticed in the last "
             "7 days: a signing key is in other hands.\n"
             "       See: privyseal audit list --action token.forged",
             fg="red",
@@ -363,7 +367,11 @@ class Authority:
         if problem.get("error") == "invalid_client":
             return Refused(f"{said} {_CREDENTIAL}")
         if problem.get("error") == "invalid_target" and resource == self._api_audience:
-            return Refused(f"No token for {resource}: {said} Use an operator's credential.")
+            return Refused(
+                f"No token for {resource}: {said} Use an operator's credential. To see or rotate "
+                f"your own: “My credentials” in {self.url}/console, or have an operator add the "
+                f"audience {resource}."
+            )
         return Refused(f"No token for {resource}: {said}" if resource else f"No token: {said}")
 
     def _refusal(self, response: httpx.Response, *, repeatable: bool) -> click.ClickException:
@@ -379,6 +387,8 @@ class Authority:
             return Forbidden(f"{said} PRIVYSEAL_CLIENT_ID names a service user without {scope}.")
         if status == HTTPStatus.PRECONDITION_FAILED:
             return Refused(f"{said} Nothing was changed: look at it and repeat the command.")
+        if status == HTTPStatus.CONFLICT and "/name" in _pointers(problem):
+            return Taken(said)
         return Refused(_field_errors(problem) or said)
 
     def _body(self, response: httpx.Response, *members: str) -> Json:
@@ -424,6 +434,14 @@ def _json_object(response: httpx.Response) -> Json:
     except ValueError:
         return {}
     return cast("Json", body) if isinstance(body, dict) else {}
+
+
+def _pointers(problem: Json) -> list[str]:
+    faults = problem.get("errors")
+    return [
+        _said(fault.get("pointer"))
+        for fault in (cast("list[Json]", faults) if isinstance(faults, list) else ())
+    ]
 
 
 def _field_errors(problem: Json) -> str:

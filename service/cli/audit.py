@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 _MONTH: Final = re.compile(r"[0-9]{4}-(0[1-9]|1[0-2])")
-_MATCHES: Final = ("client_address", "user_agent", "service_user")
+_MATCHES: Final = ("client_address", "user_agent", "resource", "department", "service_user")
 
 
 def _month(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -173,7 +173,8 @@ def verify(
     made for (audit export --checkpoint); a whole log, with any that is not newer.
 
     Cut, restored from an older backup, forked, rewritten by who holds the log's key: these four are
-    found only with a checkpoint that was kept outside the database.
+    found only with a checkpoint that was kept outside the database. A file is checked as it was
+    written: JSON that was written anew, in another way, does not verify.
 
     \b
     Examples:
@@ -218,7 +219,8 @@ def archive(month: str | None, older_than: int | None, directory: Path, as_json:
 
     As the owner (privyseal_owner). A month is written, made durable, read again and verified; only
     then it leaves the database, which is itself on record. Its hashes stay, so that the log still
-    verifies. Seven days after its end a month can be archived, not earlier.
+    verifies. A month can be archived seven days after its end, not earlier, and not while a key
+    that signed in it is published: the records tell which of its tokens are forged.
 
     Personal values go into a file of their own, which can be erased on its own.
     """
@@ -235,7 +237,8 @@ def archive(month: str | None, older_than: int | None, directory: Path, as_json:
     required=True,
     callback=_match,
     metavar="KIND=VALUE",
-    help="KIND is client_address, user_agent or service_user (an id or a name).",
+    help="KIND is client_address, user_agent, resource or department, VALUE all of it; or "
+    "service_user (an id or a name).",
 )
 @click.option(
     "--before",

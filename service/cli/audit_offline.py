@@ -6,6 +6,7 @@ has pinned.
 
 import asyncio
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -44,7 +45,7 @@ from service.authority.audit.verify import (
 from service.authority.errors import Conflict, StartRefused
 from service.cli.arguments import confirm
 from service.cli.render import print_json, printable
-from service.cli.server import command_settings, refusing
+from service.cli.server import command_settings, owner_dsn, refusing
 from service.settings import Settings
 from service.store.archive_files import manifest_path, read_manifest, verify_archive
 from service.store.audit_archive import (
@@ -67,11 +68,12 @@ from service.store.audit_verify import (
     survey,
     waiting,
 )
-from service.store.embedded import find_running
+from service.store.embedded import require_running
 from service.store.export_files import is_export, verify_export
 
 MAX_PROCESSES: Final = 8
 
+_SIZE: Final = re.compile(rb"[^\n]*\n([0-9]{1,19})\n")
 _VKEY: Final = "name+8 hex digits+base64"
 
 _DRAW_EVERY: Final = 0.1
@@ -141,6 +143,13 @@ def verify_files(files: Sequence[Path], pinned: Pinned) -> Verdict:
         except Unreadable as damage:
             raise click.ClickException(str(damage)) from None
     notices = [
+        f"{printable(report.origin)}: {report.records:,} of {report.size:,} records are in the "
+        "file. It proves those, and not that none was left out. How many records an archive has, "
+        "and the digest of its file, says the log's own record (audit.archive)."
+        for report in reports
+        if report.records < report.size and not report.findings
+    ]
+    notices += [
         f"{printable(report.origin)}: {_from(report.agreed_outside)}only the file's own checkpoint "
         "vouches for it. That shows that the file is whole and signed. It does not show that the "
         "log was not rewritten by who holds its key: for that, give a later one that was kept "
@@ -174,10 +183,12 @@ def _verify_archive(file: Path, pinned: Pinned) -> list[LogReport]:
 
 def _verify_export(file: Path, pinned: Pinned) -> list[LogReport]:
     refused: dict[str, list[Finding]] = {}
+    known: dict[str, Pinning] = {}
 
     def pinning(origin: str) -> Pinning:
-        known, refused[origin] = _pinning(file, origin, pinned)
-        return known
+        if origin not in known:
+            known[origin], refused[origin] = _pinning(file, origin, pinned)
+        return known[origin]
 
     size = file.stat().st_size
     try:
@@ -196,8 +207,8 @@ def _verify_export(file: Path, pinned: Pinned) -> list[LogReport]:
 
 def _unverified_sizes(pinned: Pinned) -> list[int]:
     """Return the sizes that the given checkpoints name on their second lines."""
-    lines = [note.split(b"\n", 2) for _, note in pinned.unverified_notes]
-    return sorted({int(line[1]) for line in lines if len(line) > 1 and line[1].isdigit()})
+    found = [_SIZE.match(note) for _, note in pinned.unverified_notes]
+    return sorted({int(size[1]) for size in found if size})
 
 
 def _pinning(path: Path, origin: str, pinned: Pinned) -> tuple[Pinning, list[Finding]]:
@@ -244,6 +255,11 @@ def verify_database(dsn: Secret, pinned: Pinned, *, processes: int) -> Verdict:
     reports[-1] = _with(reports[-1], [*_miscounted(found, reports), *beside, *strangers])
     if not pinned.unverified_notes:
         notices.append(NOT_OUTSIDE)
+    if found.archived:
+        notices.append(
+            f"Of {', '.join(found.archived)} only hashes are here. Which records there were shows "
+            "the archive: verify its files."
+        )
     return Verdict(reports=reports, notices=notices, waiting=not_yet, erased_on_record=found.erased)
 
 
@@ -280,7 +296,14 @@ async def _beside(dsn: Secret, found: Survey, records: int) -> tuple[list[Findin
 
 def _miscounted(found: Survey, reports: Sequence[LogReport]) -> list[Finding]:
     """Compare how many records are in archives with what the log says."""
-    findings: list[Finding] = []
+    findings = [
+        Finding(
+            flaw=Flaw.MISSING,
+            words=f"The log says that {printable(month)} was archived. That cannot be: a month "
+            "goes whole, and not before it is over for seven days.",
+        )
+        for month in found.not_archived
+    ]
     for month, records in found.archived.items():
         gone = sum(report.archived.get(month, 0) for report in reports)
         if gone != records:
@@ -395,22 +418,7 @@ def _reading_dsn(settings: Settings | None) -> Secret:
     assert settings is not None
     if settings.database_url is not None:
         return settings.database_url
-    if (running := find_running(settings.data_dir)) is None:
-        raise click.ClickException(
-            "No database: set PRIVYSEAL_DATABASE_URL, or start `privyseal serve`."
-        )
-    return Secret(running.service_dsn)
-
-
-def _owner_dsn(settings: Settings) -> Secret:
-    if settings.database_url is not None:
-        return settings.database_url
-    if (running := find_running(settings.data_dir)) is None:
-        raise click.ClickException(
-            "No database: set PRIVYSEAL_DATABASE_URL to that of its owner (privyseal_owner), or "
-            "start `privyseal serve`."
-        )
-    return Secret(running.owner_dsn)
+    return Secret(refusing(lambda: require_running(settings.data_dir)).service_dsn)
 
 
 def _processes() -> int:
@@ -528,10 +536,22 @@ def archive(*, month: str | None, older_than: int | None, directory: Path, as_js
         raise click.UsageError(
             "Give --month, --older-than-months or PRIVYSEAL_AUDIT_RETENTION_MONTHS."
         )
-    dsn = _owner_dsn(settings)
-    done = refusing(
-        lambda: asyncio.run(_archived(dsn, settings.clock_skew, month, older_than, directory))
-    )
+    dsn = owner_dsn(settings)
+    done: list[Archived] = []
+    try:
+        refusing(
+            lambda: asyncio.run(
+                _archive(dsn, settings.clock_skew, month, older_than, directory, done)
+            )
+        )
+        if not done and not as_json:
+            click.echo("Nothing to archive.", err=True)
+    finally:
+        # Whatever stopped it: what left the database is told.
+        _tell_archived(done, as_json)
+
+
+def _tell_archived(done: Sequence[Archived], as_json: bool) -> None:
     if as_json:
         print_json(
             [
@@ -547,18 +567,23 @@ def archive(*, month: str | None, older_than: int | None, directory: Path, as_js
     for each in done:
         files = ", ".join(str(path) for path in each.manifests)
         click.echo(f"{each.month}: {each.records:,} records are in {files}, verified, and dropped.")
-    click.echo(
-        "Nothing to archive."
-        if not done
-        else "Keep the files in two places: nothing else has "
-        "these records. Those with -personal in their names can be erased on their own.",
-        err=True,
-    )
+    if done:
+        click.echo(
+            "Keep the files in two places: nothing else has these records. Those with -personal in "
+            "their names can be erased on their own.",
+            err=True,
+        )
 
 
-async def _archived(
-    dsn: Secret, clock_skew: int, month: str | None, older_than: int | None, directory: Path
-) -> list[Archived]:
+async def _archive(
+    dsn: Secret,
+    clock_skew: int,
+    month: str | None,
+    older_than: int | None,
+    directory: Path,
+    done: list[Archived],
+) -> None:
+    """Archive the months, the oldest first, and add each to `done` once it left the database."""
     connection = await open_owner(dsn)
     try:
         now = datetime.fromtimestamp(time.time(), UTC)
@@ -571,11 +596,9 @@ async def _archived(
                 )
             closed = [month]
         store = Archive(connection, directory, clock=time.time, clock_skew=clock_skew)
-        done: list[Archived] = []
         for each in closed:
             with _bar(each, 0) as advance:
                 done.append(await store.take(each, advance))
-        return done
     except OSError as error:
         raise StartRefused(f"{directory}: {error.strerror or error}.") from None
     finally:
@@ -587,7 +610,7 @@ def erase_matching(
 ) -> None:
     """Erase personal values, after a question."""
     settings = command_settings()
-    dsn = _owner_dsn(settings)
+    dsn = owner_dsn(settings)
     until = datetime.fromisoformat(before) if before else None
     count = refusing(lambda: asyncio.run(_matching(dsn, kind, wanted, until)))
     click.echo(f"{count:,} records have personal values that match.")

@@ -1,6 +1,6 @@
 """`privyseal credentials`: the secrets of a service user.
 
-A secret is printed once, as the result of `create`; nothing here keeps or repeats it.
+A secret is printed once, as the result of what made it; nothing here keeps or repeats it.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,9 @@ expires_option = click.option(
 
 @credentials.command()
 @service_user_argument
-@click.option("--label", required=True, help="Who holds it, or since when: to tell it by.")
+@click.option(
+    "--label", required=True, help="Who holds it, or since when: no other live one has it."
+)
 @expires_option
 @json_option
 def create(service_user: str, label: str, expires_at: str | None, as_json: bool) -> None:
@@ -74,9 +76,39 @@ def create(service_user: str, label: str, expires_at: str | None, as_json: bool)
     click.echo("\nThe secret is shown this once: store it now.", err=True)
 
 
+@credentials.command()
+@click.option("--label", required=True, help="What to call the new one: to tell it by.")
+@json_option
+def rotate(label: str, as_json: bool) -> None:
+    """Replace your own credential and print the new secret.
+
+    It is shown this once. The old one is that in PRIVYSEAL_CLIENT_SECRET: it ends seven days later,
+    or sooner if it would have anyway, which cannot be taken back. The new one lives as long as the
+    old one was made for. This takes no scope, but a token for ISSUER/api/v1, an audience that an
+    operator adds.
+
+    \b
+    Example:
+      privyseal credentials rotate --label "2027 spring" --json
+    """
+    with authority() as api:
+        made = api.post("/service-users/me/credentials/rotate", {"label": label})
+    if as_json:
+        print_json(made)
+        return
+    names = ("id", "label", "expires_at", "client_id", "client_secret")
+    print_fields({name: made.get(name) for name in names})
+    old = made["old"]
+    click.echo(
+        f"\nThe secret is shown this once: store it now. {old['id']} ({printable(old['label'])}) "
+        f"gets tokens until {moment(old['expires_at'])}.",
+        err=True,
+    )
+
+
 @credentials.command("hand-over")
 @service_user_argument
-@click.option("--label", required=True, help="Who will hold it: to tell it by.")
+@click.option("--label", required=True, help="Who will hold it: no other live one has it.")
 @expires_option
 @json_option
 def hand_over(service_user: str, label: str, expires_at: str | None, as_json: bool) -> None:
@@ -102,7 +134,9 @@ def hand_over(service_user: str, label: str, expires_at: str | None, as_json: bo
 def list_(service_user: str, as_json: bool) -> None:
     """List the credentials of a service user, the newest first.
 
-    Those that ended are among them.
+    Those that ended are among them. Where one has it: held_at is when a restore of the database
+    held it, until `credentials confirm`; a hand-over can be opened until code_ends_at, and was at
+    opened_at.
     """
     with authority() as api:
         path = f"/service-users/{api.service_user_id(service_user)}/credentials"
@@ -110,10 +144,15 @@ def list_(service_user: str, as_json: bool) -> None:
     if as_json:
         print_json(held)
         return
+    rare = [
+        name
+        for name in ("held_at", "code_ends_at", "opened_at")
+        if any(each.get(name) for each in held)
+    ]
     print_table(
         held,
         ("id", "label", "state", "last_used_at"),
-        wide=("created_at", "expires_at", "held_at", "code_ends_at", "opened_at"),
+        wide=("created_at", "expires_at", *rare),
         nothing=f"{printable(service_user)} has no credential.",
     )
 

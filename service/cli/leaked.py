@@ -31,8 +31,9 @@ _LOOK_BATCH: Final = 1000
 _REVOKE_BATCH: Final = 50
 _REVOKE_DEADLINE: Final = 60.0
 _SECRET: Final = re.compile(rb"pvs_(?=([0-9A-Za-z]{49}))")
-# "su_", in the base64 of a header `Authorization: Basic`; id, colon and secret are 81 bytes.
-_BASIC: Final = re.compile(rb"c3Vf(?=([0-9A-Za-z+/]{104}))")
+# "su_" and ":pvs_", in the base64 of a header `Authorization: Basic`; id, colon and secret are 81
+# bytes.
+_BASIC: Final = re.compile(rb"c3Vf(?=([0-9A-Za-z+/]{32}OnB2c1[89][0-9A-Za-z+/]{65}))")
 _LONGEST: Final = 108
 
 
@@ -160,6 +161,10 @@ def _confirm(live: Sequence[Json]) -> None:
         # What was piped in is read; who answers sits at the terminal.
         with suppress(OSError):
             sys.stdin = open("/dev/tty", encoding="utf-8")  # noqa: SIM115
+    if not sys.stdin.isatty():
+        raise click.UsageError(
+            "Nobody can be asked without a terminal: --dry-run only looks, --yes revokes."
+        )
     names = ", ".join(sorted({printable(each["service_user"]) for each in live}))
     confirm(
         f"Credentials to revoke: {len(live)}, of {names}.",

@@ -51,6 +51,7 @@ _OPTIONS: Final = (
     ),
     click.option("--kid", help="With which signing key, or on which."),
     click.option("--client-address", metavar="IP", help="From where."),
+    click.option("--user-agent", metavar="PREFIX", help="With what program: how its name begins."),
     click.option("--department", help="For which department a call was made."),
     click.option("--resource", metavar="PREFIX", help="On what: how its name begins."),
     click.option(

@@ -19,6 +19,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn, TypeVar
@@ -28,6 +29,7 @@ import asyncpg
 import click
 import structlog
 
+from keys.attestation import require_attested
 from keys.envelope import EnvelopeError, KeyEncryptionKeys, new_kek_line
 from keys.keyring import MAY_SIGN
 from keys.secret import Secret
@@ -38,7 +40,7 @@ from service.logging import configure_logging
 from service.settings import Settings, SettingsError, warnings
 from service.store.audit_logs import newest_vkey, open_log
 from service.store.database import MIGRATING, ConnectionRefused, check_server, connect, sqlstate
-from service.store.embedded import EmbeddedPostgres, find_running
+from service.store.embedded import EmbeddedPostgres, require_running
 from service.store.migrate import MigrationRefused, migrate, require_schema
 
 # PostgreSQL, appendix A.
@@ -49,8 +51,9 @@ _POSTGRES_REFUSALS: Final = {
     "deploy/postgres/roles.sql",
     "55000": "The database takes no connections just now (ALLOW_CONNECTIONS false), as during a "
     "restore. Try again when that is over.",
-    "42501": "Postgres does not let this role do that: `privyseal migrate` is for the owner of the "
-    "schema (privyseal_owner), everything else for privyseal_service.",
+    "42501": "Postgres does not let this role do that: migrate, audit archive, audit erase and "
+    "restore accept are for the owner of the schema (privyseal_owner), everything else for "
+    "privyseal_service.",
 }
 _FAILURES: Final = (
     AdminRefusal,
@@ -159,11 +162,12 @@ def migrate_command() -> None:
 
     PRIVYSEAL_DATABASE_URL names the owner of the schema (privyseal_owner). Servers of the
     release before go on working. The first time the audit log's key is made, which takes
-    PRIVYSEAL_ISSUER and PRIVYSEAL_KEK_FILE as the servers have them. Its verifier key is printed
-    each time: pin it wherever checkpoints are read.
+    PRIVYSEAL_ISSUER and PRIVYSEAL_KEK_FILE as the servers have them; so it does once more where
+    signing keys stand that no release has attested yet. The log's verifier key is printed each
+    time: pin it wherever checkpoints are read.
     """
     settings = command_settings()
-    names, vkey = _run(_migrated(settings, _owner_dsn(settings)))
+    names, vkey = _run(_migrated(settings, owner_dsn(settings)))
     click.echo("\n".join(names) if names else "Nothing to do: the schema is that of this release.")
     click.echo(f"Verifier key of the audit log: {vkey}")
 
@@ -205,7 +209,8 @@ def accept(reason: str, yes: bool) -> None:
 
     Its audit log does not extend what was signed. For when the right one cannot be had any more:
     what was decided after the backup is lost with it, revocations too. So every signing key is
-    revoked, every credential is held until an operator confirms it, and the audit log goes on under
+    revoked, every credential is held until an operator confirms it, every person who signs in
+    through the portal is disabled until an operator enables them, and the audit log goes on under
     another name. Asks first.
 
     PRIVYSEAL_DATABASE_URL names the owner of the schema (privyseal_owner); PRIVYSEAL_KEK_FILE,
@@ -214,7 +219,7 @@ def accept(reason: str, yes: bool) -> None:
     if not 3 <= len(reason.strip()) <= 200:
         raise click.BadParameter("expected 3 to 200 characters.", param_hint="--reason")
     settings = command_settings()
-    _run(_accepted(settings, _owner_dsn(settings), reason.strip(), yes))
+    _run(_accepted(settings, owner_dsn(settings), reason.strip(), yes))
 
 
 def rewrap() -> None:
@@ -241,6 +246,14 @@ def doctor() -> None:
             _show_row("FAIL", "red", name, _in_words(error))
     for warning in warnings(settings):
         _show_row("weak", "yellow", "settings", warning)
+    if not failed and (origin := refusing(lambda: asyncio.run(_foreign_log(settings)))):
+        _show_row(
+            "weak",
+            "yellow",
+            "audit log",
+            f"it is {origin}, which is not of the issuer {settings.issuer}. Has PRIVYSEAL_ISSUER "
+            "here the value that the servers have?",
+        )
     if not failed and (overdue := refusing(lambda: asyncio.run(_overdue(settings)))):
         _show_row(
             "weak",
@@ -314,6 +327,10 @@ async def _preflight(settings: Settings) -> None:
         await check_server(_dsn(settings))
         await _check_schema(settings)
         for uri, trouble in await _unusable_keys(settings):
+            if uri is None:
+                # Whoever has the database's password could keep every server from starting.
+                log.warning("starting_without_a_key", error=trouble)
+                continue
             # An HSM that is away comes back, and until then the keys are published.
             if uri == LOCAL or scheme_of(uri) not in map(scheme_of, settings.key_custody):
                 raise StartRefused(trouble)
@@ -425,6 +442,18 @@ async def _check_audit_log(settings: Settings) -> str:
     return f"extends the newest checkpoint in {settings.checkpoint_path}"
 
 
+async def _foreign_log(settings: Settings) -> str | None:
+    """Return the name of the audit log if it is not one that this issuer would give."""
+    from service.store.audit_tree import AuditTree, always
+
+    async with _connection(settings) as connection:
+        current = await AuditTree(always(connection)).current()
+    if current is None:
+        return None
+    mine, found = (each.rpartition("/")[0] for each in (settings.log_origin, current.origin))
+    return None if found == mine else current.origin
+
+
 async def _check_keys(settings: Settings) -> str:
     """Open every key: a wrong KEK must show now, not when the key has to sign."""
     _read_keks(settings)
@@ -453,18 +482,30 @@ async def _check_custody(settings: Settings) -> str:
     return where
 
 
-async def _unusable_keys(settings: Settings) -> list[tuple[str, str]]:
-    """Return where each key is kept that should sign, now or next, and cannot be used; and why."""
+async def _unusable_keys(settings: Settings) -> list[tuple[str | None, str]]:
+    """Return where each key is kept that should sign, now or next, and cannot be used, and why;
+    None for one that is not attested, whatever it is for, unless none is."""
     from service.app import custody, kek_reader
     from service.store.database import Database
     from service.store.signing_keys import SigningKeys
 
-    unusable: list[tuple[str, str]] = []
+    unusable: list[tuple[str | None, str]] = []
+    foreign: list[str] = []
+    keks = _read_keks(settings)
     with ThreadPoolExecutor(1) as executor:
         kept = custody(settings, kek_reader(settings.kek_path), executor)
         async with Database(_dsn(settings), application_name="privyseal command") as database:
             stored = await SigningKeys(database, clock_skew=settings.clock_skew).published_keys()
         for each in stored:
+            try:
+                require_attested(each.key.kid, each.key.public_key, each.kept.attestation, keks)
+            except EnvelopeError as error:
+                trouble = (
+                    f"The {each.key.state} signing key is not published: {error}. If KEK_FILE is "
+                    f"the right one, it was not made here: privyseal keys revoke {each.key.kid}"
+                )
+                foreign.append(trouble)
+                continue
             if each.key.state not in MAY_SIGN:
                 continue
             try:
@@ -475,7 +516,9 @@ async def _unusable_keys(settings: Settings) -> list[tuple[str, str]]:
                     "good: privyseal keys recover"
                 )
                 unusable.append((each.kept.uri, trouble))
-    return unusable
+    # Where none opens, the key-encryption keys are the wrong ones.
+    where = LOCAL if len(foreign) == len(stored) else None
+    return unusable + [(where, trouble) for trouble in foreign]
 
 
 async def _check_clock(settings: Settings) -> str:
@@ -497,10 +540,10 @@ async def _check_forged(settings: Settings) -> str:
         count = await AuditEvents(database, clock_skew=settings.clock_skew).count_forged(DAYS)
     if count:
         raise StartRefused(
-            f"{count} forged tokens were reported in the last {DAYS} days: a signing key is in "
+            f"{count} forged tokens were noticed in the last {DAYS} days: a signing key is in "
             "other hands. See: privyseal audit list --action token.forged"
         )
-    return f"no forged token was reported in the last {DAYS} days"
+    return f"no forged token was noticed in the last {DAYS} days"
 
 
 _CHECKS: Final[dict[str, Callable[[Settings], Coroutine[Any, Any, str]]]] = {
@@ -531,9 +574,12 @@ async def _overdue(settings: Settings) -> list[str]:
 
 async def _migrated(settings: Settings, owner_dsn: Secret) -> tuple[list[str], str]:
     """Return what was applied, and the verifier key of the audit log."""
+    from service.store.signing_keys import attest_all
+
     connection = await connect(owner_dsn, application_name="privyseal migrate", deadlines=MIGRATING)
     try:
-        names = await migrate(connection)
+        attest = partial(attest_all, read_keks=lambda: _read_keks(settings))
+        names = await migrate(connection, along={"0011_console": attest})
         if (vkey := await newest_vkey(connection)) is None:
             await open_log(connection, settings.log_origin, _read_keks(settings))
             vkey = await newest_vkey(connection)
@@ -543,16 +589,11 @@ async def _migrated(settings: Settings, owner_dsn: Secret) -> tuple[list[str], s
         connection.terminate()
 
 
-def _owner_dsn(settings: Settings) -> Secret:
-    """Return how the owner of the schema enters the database."""
+def owner_dsn(settings: Settings) -> Secret:
+    """Return how the owner of the schema enters the database, or exit with 1."""
     if settings.database_url is not None:
         return settings.database_url
-    if (running := find_running(settings.data_dir)) is None:
-        _refuse(
-            f"Set PRIVYSEAL_DATABASE_URL: no embedded PostgreSQL runs under {settings.data_dir}. "
-            "`privyseal serve` starts that one, and migrates it."
-        )
-    return Secret(running.owner_dsn)
+    return Secret(refusing(lambda: require_running(settings.data_dir)).owner_dsn)
 
 
 async def _accepted(settings: Settings, owner_dsn: Secret, reason: str, yes: bool) -> None:
@@ -583,8 +624,11 @@ async def _accepted(settings: Settings, owner_dsn: Secret, reason: str, yes: boo
                 "puts two new ones in, of which one signs at once.",
                 f"It holds all {toll.live_credentials} live credentials, those of operators too: "
                 "none gets a token until an operator confirms it.",
+                f"It disables all {toll.active_people} people who sign in through the portal: none "
+                "gets in until an operator enables them.",
                 f"It opens the audit log {found.next_origin} with a key of its own. Its first "
-                "record is this act, with the newest checkpoint outside.",
+                "record, but for those that had no place in the old one yet, is this act, with the "
+                "newest checkpoint outside.",
             )
             if yes:
                 click.echo("\n".join(consequences), err=True)
@@ -604,7 +648,8 @@ async def _accepted(settings: Settings, owner_dsn: Secret, reason: str, yes: boo
         "before: with it what is older is verified. Then make an operator "
         "(`privyseal bootstrap --name ...`), look at what is held (`privyseal credentials list`), "
         "and confirm what you know to be good (`privyseal credentials confirm`): what was revoked "
-        "after the backup is held like the rest.",
+        "after the backup is held like the rest. Of the people (`privyseal service-users list "
+        "--source-system console`) enable whom you know (`privyseal service-users enable NAME`).",
         err=True,
     )
 
@@ -668,26 +713,30 @@ async def _rewrapped(settings: Settings) -> None:
     keks = _read_keks(settings)
     async with Database(_dsn(settings), application_name="privyseal rewrap") as database:
         store = SigningKeys(database, clock_skew=settings.clock_skew)
-        sealed = [
-            (each.key.kid, each.kept.sealed_private)
-            for each in await store.published_keys()
-            if each.kept.sealed_private is not None
-        ]
+        published = [each.kept for each in await store.published_keys()]
         async with database.connection() as connection:
             now = await connection.fetchval("SELECT extract(epoch FROM clock_timestamp())::float8")
         changed = False
-        for number, (kid, before) in enumerate(sealed, start=1):
+        foreign: list[str] = []
+        for number, before in enumerate(published, start=1):
             state = "is under the first key already"
-            if not keks.seals(before):
-                record = rewrap_record(kid, now)
-                done = await store.reseal(kid, before, reseal(kid, before, keks), record)
+            try:
+                after = reseal(before, keks)
+            except EnvelopeError as error:
+                # One that does not open must not keep the others under the old key.
+                foreign.append(str(error))
+                state, after = "does not open", before
+            if after is not before:
+                done = await store.reseal(before, after, rewrap_record(before.kid, now))
                 state = "rewrapped" if done else "changed meanwhile"
                 changed = changed or not done
-            click.echo(f"{number} of {len(sealed)}  {kid}  {state}")
+            click.echo(f"{number} of {len(published)}  {before.kid}  {state}")
         if not await rewrap_log_key(AuditTree(database.connection), keks, now):
             changed = True
     if changed:
         raise Conflict("A key changed meanwhile: run this again before the old key goes.")
+    if foreign:
+        raise EnvelopeError("\n".join(foreign))
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:

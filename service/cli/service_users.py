@@ -3,7 +3,8 @@
 Speaks only HTTP, as every operator does: the rights and the records are the authority's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import click
@@ -68,7 +69,7 @@ def create(as_json: bool, **fields: Any) -> None:
         --owner "Video KYC" --contact vkyc@bank.example \\
         --scope "ingest:write search:read" --audience https://ingest.example
     """
-    with authority() as api:
+    with authority() as api, _saying_whose(fields["name"]):
         user = api.post("/service-users", given(fields))
     if as_json:
         print_json(user)
@@ -78,10 +79,15 @@ def create(as_json: bool, **fields: Any) -> None:
 
 
 @service_users.command("list")
+@click.option(
+    "--search",
+    metavar="WORDS",
+    help="Only those in whose name, owner or contact each of these words begins one.",
+)
 @click.option("--source-system", help="Only those of this system.")
 @click.option("--status", type=click.Choice(["active", "disabled"]), help="Only those that are.")
 @json_option
-def list_(source_system: str | None, status: str | None, as_json: bool) -> None:
+def list_(search: str | None, source_system: str | None, status: str | None, as_json: bool) -> None:
     """List service users by name."""
     with authority() as api:
         users = list(
@@ -89,6 +95,7 @@ def list_(source_system: str | None, status: str | None, as_json: bool) -> None:
                 "/service-users",
                 "service_users",
                 page_size=200,
+                search=search,
                 source_system=source_system,
                 status=status,
             )
@@ -153,7 +160,9 @@ def change(
         before = api.get(path)
         if add_scope or remove_scope:
             changes["scopes"] = _scopes(before, add_scope, remove_scope)
-        _print_changed(api.patch(path, changes, version=before["version"]), as_json)
+        with _saying_whose(changes.get("name")):
+            changed = api.patch(path, changes, version=before["version"])
+        _print_changed(changed, as_json)
 
 
 @service_users.command()
@@ -189,6 +198,19 @@ def enable(service_user: str, as_json: bool) -> None:
         print_json(user)
     else:
         print_fields(_without_tokens(user))
+
+
+@contextmanager
+def _saying_whose(name: str | None) -> Generator[None, None, None]:
+    # Here for the reason that `authority` gives.
+    from service.cli.api import Taken
+
+    try:
+        yield
+    except Taken as taken:
+        raise Taken(
+            f"{taken.message} `privyseal service-users show {name}` shows whose it is."
+        ) from None
 
 
 def _scopes(user: Json, added: Sequence[str], removed: Sequence[str]) -> list[str]:

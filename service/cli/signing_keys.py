@@ -6,7 +6,7 @@ The private halves never leave the authority.
 import re
 import shutil
 from importlib import import_module
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import quote as quoted
 
 import click
@@ -14,11 +14,21 @@ import click
 from service.cli.arguments import authority, confirm, json_option, yes_option
 from service.cli.render import Json, moment, print_fields, print_json, print_table, printable
 
+if TYPE_CHECKING:
+    from service.cli.api import Authority
+
 # RFC 7638: SHA-256 in base64url. So one kid in 64 begins with a dash: a command without one-letter
 # options can take it for an argument all the same, and `_kid` refuses what was meant as an option.
 _KID: Final = re.compile("[A-Za-z0-9_-]{43}")
+# What pages and pictures show of one is enough where no other published key begins like it.
+_BEGINNING: Final = re.compile("(?!--)[A-Za-z0-9_-]{8,42}")
+_SILENT: Final = "no report since it was published"
 MAKING_KEYS: Final = 300.0
 """Seconds: `revoke --all` makes two keys first, which in an HSM may take minutes."""
+_MAY_THE_NEXT_BE_KNOWN: Final = (
+    "If it is the key that signs, the next one takes its place. Could that one have leaked with "
+    "it? Then revoke all keys: --all."
+)
 _KID_MAY_BEGIN_WITH_A_DASH: Final = {
     "ignore_unknown_options": True,
     "help_option_names": ["--help"],
@@ -26,7 +36,7 @@ _KID_MAY_BEGIN_WITH_A_DASH: Final = {
 
 
 def _kid(ctx: click.Context, _: click.Parameter, value: str | None) -> str | None:
-    if value is None or _KID.fullmatch(value):
+    if value is None or _KID.fullmatch(value) or _BEGINNING.fullmatch(value):
         return value
     if value == "-h":
         click.echo(ctx.get_help())
@@ -35,8 +45,25 @@ def _kid(ctx: click.Context, _: click.Parameter, value: str | None) -> str | Non
         raise click.NoSuchOption(value, ctx=ctx)
     raise click.BadParameter(
         f"{value!r} is no kid: expected 43 letters, digits, _ or -, as `privyseal keys list` "
-        "shows it."
+        "shows it, or the first 8 of them or more."
     )
+
+
+def _published(api: "Authority", beginning: str) -> Json:
+    """Return the one published key whose kid begins so."""
+    found = api.get_list("/signing-keys", "signing_keys")
+    keys = [each for each in found if each["kid"].startswith(beginning)]
+    if not keys:
+        raise click.ClickException(
+            f"No published signing key has the kid {printable(beginning)}. `privyseal keys list` "
+            "shows those that are published."
+        )
+    if len(keys) > 1:
+        raise click.ClickException(
+            f"The kids of {len(keys)} published signing keys begin with {printable(beginning)}. "
+            "Give more of it."
+        )
+    return keys[0]
 
 
 def _reason(_: click.Context, __: click.Parameter, value: str) -> str:
@@ -93,15 +120,12 @@ def list_(as_json: bool) -> None:
 @click.argument("kid", callback=_kid)
 @json_option
 def show(kid: str, as_json: bool) -> None:
-    """Show one published signing key."""
+    """Show one published signing key.
+
+    KID, or how it begins, with 8 characters at least.
+    """
     with authority() as api:
-        found = api.get_list("/signing-keys", "signing_keys")
-    key = next((each for each in found if each["kid"] == kid), None)
-    if key is None:
-        raise click.ClickException(
-            f"No published signing key has the kid {printable(kid)}. `privyseal keys list` shows "
-            "those that are published."
-        )
+        key = _published(api, kid)
     if as_json:
         print_json(key)
         return
@@ -130,7 +154,10 @@ def rotate(reason: str, as_json: bool) -> None:
     if asked_before_at:
         _explain(f"It was asked for already, at {moment(asked_before_at)}: that was enough.")
     if missing:
-        _explain("It does not wait for these verifiers, which had not loaded the next key:")
+        _explain(
+            "These verifiers had not loaded the next key. They have until "
+            f"{moment(rotation['may_sign_from'])} to fetch it; the rotation does not wait for them:"
+        )
         click.echo()
         _print_verifiers(missing)
     click.echo("\nThe next key takes over within seconds of that time, by itself.", err=True)
@@ -144,6 +171,8 @@ def rotate(reason: str, as_json: bool) -> None:
 @json_option
 def revoke(kid: str | None, every: bool, reason: str, yes: bool, as_json: bool) -> None:
     """Revoke the key KID at once: for a key that leaked. Asks first.
+
+    The first 8 characters of KID are enough, or more, where only one published key begins so.
 
     From the answer on, no process signs with it. If it is the key that signs, the next one takes
     its place at once, which verifiers that have not seen it may refuse for a while: the answer
@@ -160,10 +189,13 @@ def revoke(kid: str | None, every: bool, reason: str, yes: bool, as_json: bool) 
     if (kid is None) != every:
         raise click.UsageError("Give one KID, or --all.")
     with authority() as api:
+        if kid is not None and not _KID.fullmatch(kid):
+            kid = str(_published(api, kid)["kid"])
         if not yes:
             confirm(
                 f"{'Every published key' if every else printable(str(kid))} is revoked for good: "
-                "tokens that it signed are worth nothing once verifiers read the keys again."
+                "tokens that it signed are worth nothing once verifiers read the keys again.",
+                *(() if every else (_MAY_THE_NEXT_BE_KNOWN,)),
             )
         path = (
             "/signing-keys/revoke-all"
@@ -197,14 +229,22 @@ def _print_missing(verifiers: list[Json]) -> None:
     if not missing:
         _explain(f"{heard} Each has loaded the next key.")
         return
-    _explain(f"{heard} Not loaded the next key yet: {len(missing)}.")
+    silent = sum(not each["missing_since"] for each in missing)
+    _explain(
+        f"{heard} Not loaded the next key yet: {len(missing)}; of these have not reported since it "
+        f"was published: {silent}."
+    )
     click.echo()
     _print_verifiers(missing)
 
 
 def _print_verifiers(missing: list[Json]) -> None:
+    rows = [
+        {**each, "missing_since": moment(since) if (since := each["missing_since"]) else _SILENT}
+        for each in missing
+    ]
     print_table(
-        missing, ("service_user", "instance", "last_heard_at"), wide=("missing_since",), nothing=""
+        rows, ("service_user", "instance", "last_heard_at"), wide=("missing_since",), nothing=""
     )
 
 

@@ -207,6 +207,8 @@ def _list(
         records=records,
         older=older,
         alarms=alarms,
+        # Not among ours: only a service can have reported it.
+        other_action="" if query.wanted.action in set(Action) else query.wanted.action,
         live=query.address(TAIL),
         ndjson=query.address(EXPORT, format="ndjson"),
         csv=query.address(EXPORT, format="csv"),

@@ -15,11 +15,12 @@ from msgspec import Struct
 
 from service.authority.audit import Action, Outcome, RecordFilter
 from service.authority.model import (
+    ACTION,
     CREDENTIAL_ID,
+    EXPECTED,
     KID,
-    NAME,
     PRINTABLE,
-    SERVICE_USER_ID,
+    SERVICE_USER,
     SOURCE_SYSTEM,
 )
 from service.console.forms import MAX_FIELDS, Form
@@ -52,7 +53,8 @@ class Filter(Struct, frozen=True, kw_only=True):
     open_choice: bool = False
     """Whether other values than the choices can be typed."""
     of_all: bool = False
-    """Whether it makes sense only for who reads the records of all."""
+    """Whether it is only for who reads the records of all: others it tells nothing, or what they
+    are not shown."""
     attribute: str = ""
 
 
@@ -113,13 +115,13 @@ def _form(request: AnyRequest) -> Form:
     return Form(fields)
 
 
-def _matching(pattern: str, expected: str, longest: int = 300) -> Read:
+def _matching(pattern: str, expected: str = "", longest: int = 300) -> Read:
     compiled = re.compile(pattern)
 
     def read(text: str, _: datetime) -> str:
         # A `$` would let a line end pass.
         if len(text) > longest or not compiled.fullmatch(text):
-            raise ValueError(expected)
+            raise ValueError(expected or EXPECTED[pattern])
         return text
 
     return read
@@ -170,10 +172,8 @@ def _time(text: str, now: datetime, *, date: timedelta) -> datetime:
     raise ValueError("Expected 2027-01-31, 2027-01-31 12:00 (UTC), or 30m, 2h, 7d back from now.")
 
 
-_service_user = _matching(
-    f"{SERVICE_USER_ID}|{NAME}", "Expected the name of a service user, or its id: su_ and 24 more."
-)
-_credential = _matching(CREDENTIAL_ID, "Expected the id of a credential: cr_ and 24 more.")
+_service_user = _matching(SERVICE_USER)
+_credential = _matching(CREDENTIAL_ID)
 
 COMMON: Final = (
     Filter(
@@ -186,9 +186,7 @@ COMMON: Final = (
     Filter(
         name="action",
         label="Action",
-        read=_matching(
-            r"[a-z_]{1,32}\.[a-z_]{1,32}", "Expected two words with a dot: token.issue."
-        ),
+        read=_matching(ACTION),
         hint="Such as token.issue, or what a service reports.",
         choices=tuple(Action),
         open_choice=True,
@@ -203,7 +201,7 @@ FURTHER: Final = (
     Filter(
         name="source_system",
         label="Source system",
-        read=_matching(SOURCE_SYSTEM, "Expected small letters, digits and underscores."),
+        read=_matching(SOURCE_SYSTEM),
         of_all=True,
     ),
     Filter(
@@ -234,10 +232,23 @@ FURTHER: Final = (
     Filter(
         name="kid",
         label="Signing key",
-        read=_matching(KID, "Expected a kid: 43 letters, digits, - and _."),
+        read=_matching(KID),
         hint="Its kid.",
     ),
-    Filter(name="client_address", label="Client address", read=_line(64), hint="From where."),
+    Filter(
+        name="client_address",
+        label="Client address",
+        read=_line(64),
+        hint="From where.",
+        of_all=True,
+    ),
+    Filter(
+        name="user_agent",
+        label="User agent",
+        read=_line(200),
+        hint="With what program: how its name begins.",
+        of_all=True,
+    ),
     Filter(name="department", label="Department", read=_line(128)),
     Filter(name="resource", label="Resource", read=_line(300), hint="How its name begins."),
 )

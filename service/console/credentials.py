@@ -25,7 +25,7 @@ from service.authority.model import (
     new_id,
 )
 from service.authority.operators import Operator
-from service.authority.usage import CredentialUse, ServiceUserUse, Usage
+from service.authority.usage import CredentialUse, ServiceUserUse, Standing, Usage
 from service.console.forms import Form
 from service.console.gate import form_of
 from service.console.page import AnyRequest, page, redirect
@@ -46,6 +46,7 @@ LIFETIMES: Final[Mapping[str, str]] = {
     "365": "a year",
 }
 """How long a credential lives, in days: what a form offers."""
+NO_EXPIRY: Final = "Expected one of these, or a day as 2027-01-31."
 
 
 class CredentialController(Controller):
@@ -71,7 +72,6 @@ class CredentialController(Controller):
             typed={"label": "", "lifetime": "365", "until": ""},
             wrong={},
             problem="",
-            first_day=_tomorrow(clock()),
             **await choices(operator, administration, service_user_id, clock()),
         )
 
@@ -93,11 +93,11 @@ class CredentialController(Controller):
             "until": form.text("until"),
         }
         user = await administration.read(operator, service_user_id)
-        expires_at = _expiry(typed, clock())
+        expires_at = expiry(form, clock())
         asked = checked(NewCredential, {"label": typed["label"]})
         wrong = dict(asked) if isinstance(asked, dict) else {}
         if expires_at is None:
-            wrong["expires_at"] = "Expected one of these, or a day as 2027-01-31."
+            wrong["expires_at"] = NO_EXPIRY
         problem, status = "", HTTPStatus.UNPROCESSABLE_ENTITY
         if wrong:
             note(request.scope, refused=Invalid.reason)
@@ -133,7 +133,6 @@ class CredentialController(Controller):
             typed=typed,
             wrong=wrong,
             problem=problem,
-            first_day=_tomorrow(clock()),
             **await choices(operator, administration, service_user_id, clock()),
         )
 
@@ -165,11 +164,11 @@ class CredentialController(Controller):
         administration: NamedDependency[Administration],
         usage: NamedDependency[Usage],
     ) -> Response[Any]:
-        """Revoke a credential; one that is in use, only for who typed its label."""
+        """Revoke a credential; one that is in use, only for who typed what tells it from others."""
         of = await usage.of(operator, service_user_id)
         one = _one(of, credential_id)
         typed = one_line(form_of(request), "label")
-        if one.used_recently and typed != " ".join(one.credential.label.split()):
+        if one.used_recently and typed != _distinction(of, one):
             note(request.scope, refused=Invalid.reason)
             return _revoking(
                 request,
@@ -177,7 +176,7 @@ class CredentialController(Controller):
                 of,
                 one,
                 typed=typed,
-                wrong="This is not its label. Nothing was revoked.",
+                wrong="This is something else. Nothing was revoked.",
                 status=HTTPStatus.UNPROCESSABLE_ENTITY,
             )
         try:
@@ -242,8 +241,10 @@ async def choices(
     """Return what each form for a new credential is made with: how long it may live, the labels
     that are taken, and the id that it will have."""
     held = await administration.credentials(operator, service_user_id)
+    tomorrow = datetime.fromtimestamp(now, UTC) + timedelta(days=1)
     return {
         "lifetimes": LIFETIMES,
+        "first_day": tomorrow.date().isoformat(),
         "taken": sorted({each.label for each in held if not each.has_ended(now)}),
         "credential_id": new_id("cr"),
     }
@@ -272,20 +273,16 @@ def made_already(request: AnyRequest, user: ServiceUser) -> Response[Any]:
     )
 
 
-def _tomorrow(now: float) -> str:
-    return (datetime.fromtimestamp(now, UTC) + timedelta(days=1)).date().isoformat()
-
-
-def _expiry(typed: Mapping[str, str], now: float) -> datetime | None:
+def expiry(form: Form, now: float) -> datetime | None:
     """Return when a credential shall end: with a day in UTC, or else so many days from now."""
-    if until := typed["until"]:
+    if until := form.text("until"):
         try:
             return datetime.fromisoformat(f"{until}T23:59:59+00:00")
         except ValueError:
             return None
-    if typed["lifetime"] not in LIFETIMES:
+    if (days := form.text("lifetime")) not in LIFETIMES:
         return None
-    return datetime.fromtimestamp(int(now), UTC) + timedelta(days=int(typed["lifetime"]))
+    return datetime.fromtimestamp(int(now), UTC) + timedelta(days=int(days))
 
 
 def _one(of: ServiceUserUse, credential_id: str) -> CredentialUse:
@@ -293,6 +290,19 @@ def _one(of: ServiceUserUse, credential_id: str) -> CredentialUse:
         if each.credential.id == credential_id:
             return each
     raise NotFound(f"{of.service_user.name} has no such credential.")
+
+
+def _distinction(of: ServiceUserUse, one: CredentialUse) -> str:
+    """Return what tells a credential from the others that live: its label, or else the end of its
+    id."""
+    label = one.credential.label.split()
+    others = (each for each in of.credentials if each is not one)
+    if any(
+        each.credential.label.split() == label and each.standing is not Standing.ENDED
+        for each in others
+    ):
+        return one.credential.id[-6:]
+    return " ".join(label)
 
 
 def _revoking(
@@ -312,6 +322,7 @@ def _revoking(
         status=status,
         of=of,
         one=one,
+        to_type=_distinction(of, one),
         is_own=one.credential.id == operator.credential_id,
         typed=typed,
         wrong=wrong,

@@ -10,9 +10,11 @@ from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import quote
 
+import structlog
 from litestar import HttpMethod, Response
 from litestar.exceptions import NotFoundException
 
+from keys.verifier import InvalidToken
 from service.authority.errors import StoreUnavailable, TemporarilyUnavailable, Unauthenticated
 from service.authority.model import Clock
 from service.authority.operators import Operator
@@ -28,14 +30,22 @@ from service.console.page import (
     set_session,
 )
 from service.http.context import note, noted, origin_of
-from service.http.errors import Refused
+from service.http.errors import Refused, note_refusal
+
+log = structlog.stdlib.get_logger()
 
 PUBLIC: Final = "public"
 """In the `opt` of a route that needs no session."""
 ANYBODY: Final = "anybody"
 """In the `opt` of a route for whoever is signed in, even a person to whom nothing was granted."""
 SIGN_IN: Final = "/console/sign-in"
-_OWN_PATH: Final = re.compile(r"/console(/[A-Za-z0-9_][A-Za-z0-9._~-]*)*(\?[A-Za-z0-9._~&=%+:-]*)?")
+ENDED: Final = (
+    "Your session has ended: nothing was clicked for 15 minutes, or the signing key of its token "
+    "was revoked. Sign in again."
+)
+_OWN_PATH: Final = re.compile(
+    r"/console(/[A-Za-z0-9_-][A-Za-z0-9._~-]*)*(\?[A-Za-z0-9._~&=%+:-]*)?"
+)
 
 
 def gate(
@@ -62,7 +72,7 @@ def gate(
         if PUBLIC in request.route_handler.opt:
             return None
         try:
-            session = await sessions.authenticate(request.cookies.get(COOKIE, ""))
+            session = await recognized(request, sessions)
         except Unauthenticated as error:
             return sign_in_first(request, error.detail if COOKIE in request.cookies else "")
         note(request.scope, session=session, operator=session.operator)
@@ -80,6 +90,21 @@ def gate(
         return None
 
     return let_in
+
+
+async def recognized(request: AnyRequest, sessions: Sessions) -> Session:
+    """Return whose session the cookie brings; raise Unauthenticated, on record unless there is no
+    cookie or the session merely ended."""
+    try:
+        return await sessions.authenticate(request.cookies.get(COOKIE, ""))
+    except Unauthenticated as error:
+        if COOKIE in request.cookies and not error.has_ended:
+            note_refusal(request, error)
+        if isinstance(error.__cause__, InvalidToken):
+            # What is wrong with a token helps a developer, and nobody who signs in.
+            log.info("session_refused", error=error.detail)
+            raise Unauthenticated(ENDED, has_ended=error.has_ended) from error
+        raise
 
 
 async def renew(request: AnyRequest, sessions: Sessions) -> Session:

@@ -3,7 +3,6 @@
 Holds no rule, and sees a code only in the form that brings it: in no address, and so in no log.
 """
 
-from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from typing import Any
 
@@ -17,7 +16,7 @@ from service.authority.errors import Conflict, Invalid, NotFound
 from service.authority.hand_over import HandOvers
 from service.authority.model import AdminScope, Clock
 from service.authority.operators import Operator
-from service.console.credentials import LIFETIMES, choices, id_of, made_already
+from service.console.credentials import NO_EXPIRY, choices, expiry, id_of, made_already
 from service.console.forms import Form
 from service.console.gate import PUBLIC, form_of
 from service.console.page import AnyRequest, page
@@ -132,10 +131,8 @@ class OpeningController(Controller):
 
 
 def _new_credential(form: Form, now: float) -> NewCredential:
-    days = form.text("lifetime")
-    if days not in LIFETIMES:
-        raise Invalid("Choose one of these.", "/lifetime")
-    expires_at = datetime.fromtimestamp(now, UTC) + timedelta(days=int(days))
+    if (expires_at := expiry(form, now)) is None:
+        raise Invalid(NO_EXPIRY, "/expires_at")
     asked = checked(NewCredential, {"label": one_line(form, "label"), "expires_at": expires_at})
     if isinstance(asked, dict):
         raise Invalid(asked["label"], "/label")
@@ -156,7 +153,7 @@ async def _asked(
         status=status_of(error) if error else HTTPStatus.OK,
         user=await administration.read(operator, service_user_id),
         form=form_of(request),
-        wrong=error.pointer.removeprefix("/") if isinstance(error, Invalid) else "",
+        wrong=error.pointer.removeprefix("/") if error else "",
         error=error.detail if error else "",
         **await choices(operator, administration, service_user_id, now),
     )

@@ -7,6 +7,7 @@ from litestar import Controller, Response, get
 from litestar.di import NamedDependency
 
 from service.authority.attention import NAMED, Watch
+from service.authority.audit import Action
 from service.authority.model import Clock
 from service.authority.own_credentials import OwnCredentials
 from service.console.gate import session_of
@@ -28,26 +29,24 @@ MEANINGS: Final[Mapping[str, str]] = {
     "invalid_scope": "The exchange asked for a scope that the service user does not have.",
     "invalid_target": "The exchange asked for an audience that the service user does not have.",
     "invalid_token": "The token had ended, or is none of ours.",
+    "never_issued": "A token that a key of ours signed was never issued: that key leaked.",
+    "differs_from_its_record": "A token that a key of ours signed is not the one on record: that "
+    "key leaked.",
     "insufficient_scope": "Somebody tried what their scopes do not allow.",
     "nothing_granted": "A person signed in to whom the portal grants nothing here.",
     "hand_over_opened": "A link was opened that had been opened before.",
     "hand_over_lapsed": "A link was opened after its time.",
     "unknown_code": "A link was opened that nobody handed over.",
-    "invalid": "A field did not have its form.",
-    "not_found": "It was asked for something that is not there.",
-    "conflict": "It contradicts what is there, such as a name that is taken.",
-    "precondition_failed": "Somebody else had changed it meanwhile.",
-    "too_many": "Too many of them at once.",
 }
 """What the usual reasons of a refusal mean."""
 MISTAKES: Final = ("invalid", "not_found", "conflict", "precondition_failed", "too_many")
-"""Reasons that an operator meets at work: they say nothing of who may do what."""
+"""Reasons that an operator meets at work: nothing was changed, and nobody is needed."""
 
 
 class HomeController(Controller):
     """The first page."""
 
-    @get("/")
+    @get("/", opt={"action": Action.SERVICE_USER_READ})
     async def home(
         self,
         request: AnyRequest,
@@ -68,6 +67,5 @@ class HomeController(Controller):
             attention=attention,
             named=NAMED,
             refused=[each for each in refusals if each.reason not in MISTAKES],
-            mistakes=[each for each in refusals if each.reason in MISTAKES],
             meanings=MEANINGS,
         )

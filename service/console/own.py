@@ -84,8 +84,14 @@ class OwnController(Controller):
             rotated = await own_credentials.rotate(operator, label, origin_of(request.scope))
         except Conflict as error:
             note(request.scope, refused=error.reason)
+            of_label = error.pointer == "/label"
             return await _asked(
-                request, operator, own_credentials, status=HTTPStatus.CONFLICT, error=error.detail
+                request,
+                operator,
+                own_credentials,
+                status=HTTPStatus.CONFLICT,
+                wrong=error.detail if of_label else "",
+                error="" if of_label else error.detail,
             )
         return page(
             request,

@@ -36,6 +36,7 @@ _OWN: Final = (
     ("/console/upload", "Upload"),
     ("/console/audit", "Audit"),
 )
+_BY_HAND: Final = {"/console/token", "/console/upload"}
 
 COOKIE: Final = "__Host-privyseal"
 _ATTRIBUTES: Final = "Path=/; Secure; HttpOnly; SameSite=Strict"
@@ -224,7 +225,9 @@ def _navigation(session: Session) -> list[tuple[str, str]]:
     if session.has_nothing:
         return [(HOME, "Home")]
     if not session.is_operator:
-        return [(HOME, "Home"), *_OWN]
+        # Tokens of whoever holds a scope of the admin API are not made by hand.
+        closed = _BY_HAND if session.service_user.admin_scopes else ()
+        return [(HOME, "Home"), *(each for each in _OWN if each[0] not in closed)]
     scopes = session.operator.scopes
     return [
         (HOME, "Home"),

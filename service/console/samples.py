@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from keys.secret import Secret
 from service.authority.model import ServiceUser
@@ -65,6 +66,11 @@ class Upload(Struct, frozen=True, kw_only=True):
             found["file_name"] = f"Expected the name of a file, at most {MAX_FILE_NAME} characters."
         return found
 
+    def corrected(self, user: ServiceUser) -> "Upload":
+        """Return the same with what is suggested instead of what is wrong: fit to be copied."""
+        suggested = Upload.suggested(user)
+        return replace(self, **{name: getattr(suggested, name) for name in self.problems})
+
     @property
     def metadata(self) -> str:
         """The metadata as the ingest service reads them."""
@@ -108,7 +114,8 @@ def upload_command(url: str, upload: Upload, token: Secret) -> str:
 
 
 def python_sample(at: Installation, url: str, upload: Upload) -> str:
-    """Return a program that exchanges its credential and renews its token by itself."""
+    """Return a program that exchanges its credential and renews its token by itself, in time or
+    when its signing key was revoked; and waits where it is asked to."""
     declared = (f"{name} = {value}" for name, value in _constants(at, url, upload, indent=4))
     return _PYTHON.replace("CONSTANTS", "\n".join(declared), 1)
 
@@ -159,6 +166,7 @@ _PYTHON: Final = '''"""Upload a document, with a token that is renewed by itself
 import json
 import os
 import time
+from pathlib import Path
 
 import requests
 
@@ -166,29 +174,45 @@ CONSTANTS
 
 
 class Bearer(requests.auth.AuthBase):
-    """Sends an access token; the credential gets the next one before it ends."""
+    """Sends an access token; the credential gets the next one at two thirds of its lifetime."""
 
     def __init__(self):
         self.token, self.renew_at = "", 0.0
 
     def __call__(self, request):
         if time.monotonic() >= self.renew_at:
-            asked_at = time.monotonic()
-            answer = checked(
-                requests.post(
-                    TOKEN_URL,
-                    auth=(
-                        os.environ["PRIVYSEAL_CLIENT_ID"],
-                        os.environ["PRIVYSEAL_CLIENT_SECRET"],
-                    ),
-                    data={"grant_type": "client_credentials", "resource": RESOURCE},
-                    timeout=10,
-                )
-            )
-            self.token = answer["access_token"]
-            self.renew_at = asked_at + 0.8 * answer["expires_in"]
+            self.renew()
         request.headers["Authorization"] = f"Bearer {self.token}"
         return request
+
+    def renew(self):
+        asked_at = time.monotonic()
+        answer = checked(
+            patiently(
+                requests.post,
+                TOKEN_URL,
+                auth=(
+                    os.environ["PRIVYSEAL_CLIENT_ID"],
+                    os.environ["PRIVYSEAL_CLIENT_SECRET"],
+                ),
+                data={"grant_type": "client_credentials", "resource": RESOURCE},
+                timeout=10,
+            )
+        )
+        self.token = answer["access_token"]
+        self.renew_at = asked_at + answer["expires_in"] * 2 / 3
+
+
+def patiently(post, url, **given):
+    """Return the answer of a service; one that asks to wait (503) is asked four times more."""
+    answer = post(url, **given)
+    for _ in range(4):
+        if answer.status_code != 503:
+            break
+        asked = answer.headers.get("Retry-After", "")
+        time.sleep(int(asked) if asked.isdigit() else 5)
+        answer = post(url, **given)
+    return answer
 
 
 def checked(answer):
@@ -200,16 +224,18 @@ def checked(answer):
 
 def upload(session, path):
     """Return the attribution that was recorded."""
-    with open(path, "rb") as file:
-        return checked(
-            session.post(
-                INGEST_URL,
-                headers={"X-Approver-Department": DEPARTMENT},
-                files={"file": file},
-                data={"metadata": json.dumps(METADATA)},
-                timeout=60,
-            )
-        )
+    document = {
+        "headers": {"X-Approver-Department": DEPARTMENT},
+        "files": {"file": (Path(path).name, Path(path).read_bytes())},
+        "data": {"metadata": json.dumps(METADATA)},
+        "timeout": 60,
+    }
+    answer = patiently(session.post, INGEST_URL, **document)
+    if answer.status_code == 401:
+        # The signing key of the token was revoked: a new token has another one.
+        session.auth.renew()
+        answer = patiently(session.post, INGEST_URL, **document)
+    return checked(answer)
 
 
 session = requests.Session()
@@ -220,6 +246,7 @@ print(json.dumps(upload(session, FILE)))
 _NODE: Final = r"""// Upload a document, with a token that is renewed by itself.
 import { readFile } from "node:fs/promises";
 import { basename } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
 
 CONSTANTS
 
@@ -227,25 +254,34 @@ const { PRIVYSEAL_CLIENT_ID, PRIVYSEAL_CLIENT_SECRET } = process.env;
 let token = "";
 let renewAt = 0;
 
-// The access token; the credential gets the next one before it ends.
+// The access token; the credential gets the next one at two thirds of its lifetime.
 async function accessToken() {
   if (Date.now() < renewAt) return token;
   const askedAt = Date.now();
   const credential = btoa(`${PRIVYSEAL_CLIENT_ID}:${PRIVYSEAL_CLIENT_SECRET}`);
-  const answer = await checked(fetch(TOKEN_URL, {
+  const answer = await checked(await patiently(() => fetch(TOKEN_URL, {
     method: "POST",
     headers: { Authorization: `Basic ${credential}` },
     body: new URLSearchParams({ grant_type: "client_credentials", resource: RESOURCE }),
     signal: AbortSignal.timeout(10_000),
-  }));
+  })));
   token = answer.access_token;
-  renewAt = askedAt + 800 * answer.expires_in;
+  renewAt = askedAt + answer.expires_in * 1000 * 2 / 3;
   return token;
 }
 
+// The answer of a service; one that asks to wait (503) is asked four times more.
+async function patiently(post) {
+  let answer = await post();
+  for (let left = 4; left > 0 && answer.status === 503; left -= 1) {
+    await sleep(1000 * (Number(answer.headers.get("Retry-After")) || 5));
+    answer = await post();
+  }
+  return answer;
+}
+
 // What was answered, or an error with the reason.
-async function checked(request) {
-  const answer = await request;
+async function checked(answer) {
   if (answer.ok) return answer.json();
   throw new Error(`${answer.url} answered ${answer.status}: ${await answer.text()}`);
 }
@@ -255,7 +291,7 @@ async function upload(path) {
   const form = new FormData();
   form.append("file", new Blob([await readFile(path)]), basename(path));
   form.append("metadata", JSON.stringify(METADATA));
-  return checked(fetch(INGEST_URL, {
+  const post = async () => fetch(INGEST_URL, {
     method: "POST",
     headers: {
       Authorization: `Bearer ${await accessToken()}`,
@@ -263,7 +299,14 @@ async function upload(path) {
     },
     body: form,
     signal: AbortSignal.timeout(60_000),
-  }));
+  });
+  let answer = await patiently(post);
+  if (answer.status === 401) {
+    // The signing key of the token was revoked: a new token has another one.
+    renewAt = 0;
+    answer = await patiently(post);
+  }
+  return checked(answer);
 }
 
 console.log(JSON.stringify(await upload(FILE)));

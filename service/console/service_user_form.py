@@ -11,7 +11,16 @@ import msgspec
 from msgspec import Struct
 
 from service.authority.administration import Defaults, NewServiceUser, ServiceUserChange
-from service.authority.model import Audience, Scope, ServiceUser
+from service.authority.model import (
+    AUDIENCE,
+    EXPECTED,
+    NAME,
+    SCOPE,
+    SOURCE_SYSTEM,
+    Audience,
+    Scope,
+    ServiceUser,
+)
 from service.console.forms import Form
 
 T = TypeVar("T", bound=Struct)
@@ -29,8 +38,8 @@ FIELDS: Final[Mapping[str, str]] = {
 """Every field, in the order of the page, and what it is called there."""
 
 _EXPECTED: Final[Mapping[str, str]] = {
-    "name": "Expected 1 to 63 of a–z, 0–9, hyphen and dot, a letter or digit first.",
-    "source_system": "Expected 1 to 63 of a–z, 0–9 and underscore, a letter first.",
+    "name": EXPECTED[NAME],
+    "source_system": EXPECTED[SOURCE_SYSTEM],
     "owner": "Expected up to 200 characters.",
     "contact": "Expected up to 200 characters.",
     "description": "Expected up to 1000 characters.",
@@ -40,8 +49,8 @@ _EXPECTED: Final[Mapping[str, str]] = {
     "label": "Expected 1 to 100 characters.",
 }
 _EACH: Final[Mapping[str, tuple[Any, str]]] = {
-    "scopes": (Scope, "is no scope: up to 64 of a–z, 0–9 and : . _ - are, a letter first."),
-    "audiences": (Audience, "is no audience: an absolute address without a fragment is."),
+    "scopes": (Scope, f"is no scope. {EXPECTED[f'^{SCOPE}$']}"),
+    "audiences": (Audience, f"is no audience. {EXPECTED[AUDIENCE]}"),
 }
 _SHOWN: Final = 60
 

@@ -24,15 +24,17 @@ from service.authority.errors import Conflict, Invalid, PreconditionFailed
 from service.authority.hand_over import HandOvers
 from service.authority.model import (
     CREDENTIAL_ID,
+    MAX_SEARCH,
     NAME,
     SERVICE_USER_ID,
     SOURCE_SYSTEM,
     AdminScope,
     ServiceUser,
+    ServiceUserFilter,
     Status,
 )
 from service.authority.operators import Operator
-from service.authority.usage import MANY_TOKENS, ServiceUserFilter, Usage
+from service.authority.usage import MANY_TOKENS, Usage
 from service.console.gate import form_of
 from service.console.page import AnyRequest, page, redirect
 from service.console.service_user_form import (
@@ -88,20 +90,23 @@ class ApiKeyController(Controller):
         request: AnyRequest,
         operator: NamedDependency[Operator],
         usage: NamedDependency[Usage],
-        name: FromQuery[str] = "",
+        search: FromQuery[str] = "",
         source_system: FromQuery[str] = "",
         status: FromQuery[str] = "",
         after: FromQuery[str] = "",
     ) -> Response[Any]:
-        """List service users by the beginning of their names."""
-        sought = name.strip().lower()
-        if re.fullmatch(SERVICE_USER_ID, sought):
+        """List service users by name, those of a search and of filters if there are any."""
+        if re.fullmatch(SERVICE_USER_ID, sought := search.strip().lower()):
             return redirect(request, f"{PATH}/{sought}")
-        fields = {"name": sought, "source_system": source_system.strip(), "status": status}
+        fields = {
+            "search": search.strip(),
+            "source_system": source_system.strip(),
+            "status": status,
+        }
         wrong = _wrong_filters(fields)
         good = {key: value for key, value in fields.items() if value and key not in wrong}
         wanted = ServiceUserFilter(
-            prefix=good.get("name", ""),
+            search=good.get("search", ""),
             source_system=good.get("source_system", ""),
             status=Status(good["status"]) if "status" in good else None,
         )
@@ -194,6 +199,7 @@ class ApiKeyController(Controller):
             status=status,
             typed=typed,
             wrong=wrong,
+            taken=status == HTTPStatus.CONFLICT and "name" in wrong,
             problem=problem,
             **await _form_parts(operator, administration, usage),
         )
@@ -288,6 +294,7 @@ class ApiKeyController(Controller):
             status=status,
             user=await administration.read(operator, service_user_id),
             wrong=wrong,
+            taken=status == HTTPStatus.CONFLICT and "name" in wrong,
             problem=problem,
             **shown,
             **await _form_parts(operator, administration, usage),
@@ -350,7 +357,7 @@ def beside(
     record like one that has a page of its own."""
     note(request.scope, refused=error.reason)
     field = error.pointer.strip("/")
-    if field in FIELDS or field == "expires_at":
+    if field in FIELDS or field in ("expires_at", "label"):
         return {field: error.detail}, "", status_of(error)
     return {}, error.detail, status_of(error)
 
@@ -421,8 +428,8 @@ async def _disabling(
 
 def _wrong_filters(fields: Mapping[str, str]) -> dict[str, str]:
     wrong: dict[str, str] = {}
-    if not re.fullmatch("[a-z0-9.-]{0,63}", fields["name"]):
-        wrong["name"] = "No name holds such a character: a–z, 0–9, hyphen and dot are."
+    if len(fields["search"]) > MAX_SEARCH:
+        wrong["search"] = f"Expected up to {MAX_SEARCH} characters."
     if fields["source_system"] and not re.fullmatch(SOURCE_SYSTEM, fields["source_system"]):
         wrong["source_system"] = "No source system is called that."
     if fields["status"] and fields["status"] not in set(Status):

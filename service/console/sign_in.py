@@ -23,6 +23,7 @@ from service.console.gate import (
     SIGN_IN,
     form_of,
     own_path,
+    recognized,
     renew,
     session_of,
 )
@@ -40,13 +41,21 @@ class SignInController(Controller):
         sessions: NamedDependency[Sessions],
         next: FromQuery[str] = HOME,
         ended: FromQuery[bool] = False,
+        signed_out: FromQuery[bool] = False,
     ) -> Response[Any]:
         """Ask for a credential, unless there is a session already."""
         try:
-            await sessions.authenticate(request.cookies.get(COOKIE, ""))
+            await recognized(request, sessions)
         except Unauthenticated as error:
             why = error.detail if ended and COOKIE in request.cookies else ""
-            return page(request, "sign_in.html", error=why, following=own_path(next), kept=[])
+            return page(
+                request,
+                "sign_in.html",
+                error=why,
+                signed_out=signed_out,
+                following=own_path(next),
+                kept=[],
+            )
         return redirect(request, own_path(next))
 
     @post("/sign-in", opt={PUBLIC: True, "action": Action.TOKEN_ISSUE}, status_code=HTTPStatus.OK)
@@ -80,7 +89,11 @@ class SignInController(Controller):
         note(request.scope, session=session, operator=session.operator)
         return _go_on(request, following, kept)
 
-    @post("/sign-in/resume", opt={PUBLIC: True}, status_code=HTTPStatus.OK)
+    @post(
+        "/sign-in/resume",
+        opt={PUBLIC: True, "action": Action.TOKEN_ISSUE},
+        status_code=HTTPStatus.OK,
+    )
     async def resume(
         self, request: AnyRequest, sessions: NamedDependency[Sessions]
     ) -> Response[Any]:
@@ -88,7 +101,7 @@ class SignInController(Controller):
         form = form_of(request)
         following, kept = own_path(form.text("next")), form.kept()
         try:
-            session = await sessions.authenticate(request.cookies.get(COOKIE, ""))
+            session = await recognized(request, sessions)
         except Unauthenticated as error:
             return page(
                 request,
@@ -116,7 +129,7 @@ class SignInController(Controller):
         """End the session, here and wherever a copy of its cookie is."""
         set_session(request, None)
         await sessions.end(session_of(request), origin_of(request.scope))
-        return redirect(request, SIGN_IN)
+        return redirect(request, f"{SIGN_IN}?signed_out=1")
 
 
 def _go_on(request: AnyRequest, following: str, kept: Sequence[tuple[str, str]]) -> Response[Any]:

@@ -191,16 +191,20 @@ def _row(
 def _segments(
     state: KeyState, start: float, end: float, now: float, window: _Window
 ) -> Iterable[Segment]:
-    """Cut a stretch where it leaves what was for what is planned."""
+    """Cut a stretch where it leaves what was for what is planned.
+
+    What is too short to be seen grows away from now: nothing that was reaches beyond its end.
+    """
     for planned, begins, ends in (
         (False, start, min(end, now)),
         (True, max(start, now), end),
     ):
         if ends <= begins or ends <= window.start or begins >= window.end:
             continue
-        x = window.x(begins)
-        width = max(window.x(ends) - x, _LEAST)
-        yield Segment(state=state, planned=planned, x=min(x, 100 - width), width=round(width, 2))
+        x, right = window.x(begins), window.x(ends)
+        width = max(right - x, _LEAST)
+        x = min(x, 100 - width) if planned else max(right - width, 0)
+        yield Segment(state=state, planned=planned, x=round(x, 2), width=round(width, 2))
 
 
 def _mark(at: float, word: str, window: _Window) -> Mark:

@@ -140,7 +140,7 @@ def _shown(
     command: str = "",
     tried: Try | None = None,
 ) -> Response[Any]:
-    url = installation.ingest_url
+    url, sample = installation.ingest_url, upload.corrected(user)
     return page(
         request,
         "upload/upload.html",
@@ -150,8 +150,8 @@ def _shown(
         installation=installation,
         fits=installation.ingest_audience in user.audiences,
         exchange=exchange_command(installation, user),
-        python=python_sample(installation, url, upload) if url else "",
-        node=node_sample(installation, url, upload) if url else "",
+        python=python_sample(installation, url, sample) if url else "",
+        node=node_sample(installation, url, sample) if url else "",
         token=token,
         command=command,
         tried=tried,

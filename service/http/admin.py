@@ -31,6 +31,7 @@ from service.authority.issuer import TokenIssuer
 from service.authority.model import (
     CREDENTIAL_ID,
     KID,
+    MAX_SEARCH,
     NAME,
     SCOPE,
     SERVICE_USER_ID,
@@ -40,6 +41,7 @@ from service.authority.model import (
     Credential,
     LiveTokens,
     ServiceUser,
+    ServiceUserFilter,
     Status,
 )
 from service.authority.operators import Operator, Operators
@@ -61,6 +63,14 @@ PageSize = Annotated[int, QueryParameter(ge=1, le=200)]
 Cursor = Annotated[str, QueryParameter(pattern=f"^$|{NAME}")]
 NameQuery = Annotated[str | None, QueryParameter(pattern=NAME)]
 SourceSystemQuery = Annotated[str | None, QueryParameter(pattern=SOURCE_SYSTEM)]
+SearchQuery = Annotated[
+    str | None,
+    QueryParameter(
+        min_length=1,
+        max_length=MAX_SEARCH,
+        description="Words that begin a word of name, owner or contact, each of them; or an id.",
+    ),
+]
 StatusQuery = Annotated[Status | None, QueryParameter()]
 TokenScope = Annotated[
     str, Meta(max_length=2200, pattern=f"^{SCOPE}( {SCOPE})*$", examples=["ingest:write"])
@@ -175,17 +185,21 @@ class ServiceUserController(Controller):
         limit: PageSize = 50,
         cursor: Cursor = "",
         name: NameQuery = None,
+        search: SearchQuery = None,
         source_system: SourceSystemQuery = None,
         status: StatusQuery = None,
     ) -> ServiceUserPage:
         """List service users by name."""
         users = await administration.page(
             operator,
+            ServiceUserFilter(
+                name=name or "",
+                search=search or "",
+                source_system=source_system or "",
+                status=status,
+            ),
             after=cursor,
             limit=limit + 1,
-            name=name,
-            source_system=source_system,
-            status=status,
         )
         return ServiceUserPage(
             service_users=list(users[:limit]),

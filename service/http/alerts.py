@@ -9,12 +9,10 @@ from typing import Final
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.authority.audit import Action
-from service.authority.model import AdminScope
 from service.authority.operators import Operator
 from service.http.context import noted
 
 ALERT: Final = b"privyseal-alert"
-_ONLY_REPORTS: Final = frozenset({AdminScope.AUDIT_REPORT})
 
 
 def alerting(count_forged: Callable[[], Awaitable[int]]) -> Callable[[ASGIApp], ASGIApp]:
@@ -41,4 +39,4 @@ def alerting(count_forged: Callable[[], Awaitable[int]]) -> Callable[[ASGIApp], 
 
 def _is_told(scope: Scope) -> bool:
     operator: Operator | None = noted(scope, "operator")
-    return operator is not None and not operator.scopes <= _ONLY_REPORTS
+    return operator is not None and not operator.only_reports

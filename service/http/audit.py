@@ -17,25 +17,24 @@ from msgspec import Struct
 from service.authority.audit import Action, Outcome, RecordFilter, RecordReader, StoredRecord
 from service.authority.audit.export import Exports
 from service.authority.model import (
+    ACTION,
     CREDENTIAL_ID,
     KID,
-    NAME,
     PRINTABLE,
-    SERVICE_USER_ID,
+    SERVICE_USER,
     SOURCE_SYSTEM,
     AdminScope,
 )
 from service.authority.operators import Operator
-from service.http.context import origin_of
+from service.http.context import MAX_USER_AGENT, origin_of
 from service.http.errors import AnyRequest, Refused
 from service.http.export import ExportStream, Format
 
 # An id or a name, which never look alike.
-ServiceUserQuery = Annotated[str | None, QueryParameter(pattern=f"{SERVICE_USER_ID}|{NAME}")]
+ServiceUserQuery = Annotated[str | None, QueryParameter(pattern=SERVICE_USER)]
 SourceSystemQuery = Annotated[str | None, QueryParameter(pattern=SOURCE_SYSTEM)]
 CredentialQuery = Annotated[str | None, QueryParameter(pattern=CREDENTIAL_ID)]
-# One of ours, or what another service calls its own.
-ActionQuery = Annotated[str | None, QueryParameter(pattern=r"^[a-z_]{1,32}\.[a-z_]{1,32}$")]
+ActionQuery = Annotated[str | None, QueryParameter(pattern=ACTION)]
 RequestIdQuery = Annotated[
     str | None, QueryParameter(min_length=1, max_length=128, pattern=PRINTABLE["pattern"])
 ]
@@ -45,6 +44,15 @@ ReasonQuery = Annotated[
 KidQuery = Annotated[str | None, QueryParameter(pattern=KID)]
 AddressQuery = Annotated[
     str | None, QueryParameter(min_length=1, max_length=64, pattern=PRINTABLE["pattern"])
+]
+UserAgentQuery = Annotated[
+    str | None,
+    QueryParameter(
+        min_length=1,
+        max_length=MAX_USER_AGENT,
+        pattern=PRINTABLE["pattern"],
+        description="The beginning of a user agent.",
+    ),
 ]
 DepartmentQuery = Annotated[
     str | None, QueryParameter(min_length=1, max_length=128, pattern=PRINTABLE["pattern"])
@@ -105,6 +113,7 @@ def record_filter(
     jti: FromQuery[UUID | None] = None,
     kid: KidQuery = None,
     client_address: AddressQuery = None,
+    user_agent: UserAgentQuery = None,
     department: DepartmentQuery = None,
     resource: ResourceQuery = None,
     since: FromQuery[datetime | None] = None,
@@ -124,6 +133,7 @@ def record_filter(
         jti=jti,
         kid=kid,
         client_address=client_address,
+        user_agent=user_agent,
         department=department,
         resource=resource,
         since=_in_utc(request, "since", since),

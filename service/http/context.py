@@ -114,7 +114,8 @@ def origin_of(scope: Scope) -> ClientAddress:
 
 
 def note(scope: Scope, **facts: Any) -> None:
-    """Leave facts about the request for its audit record: `operator`, `refused`, `error`."""
+    """Leave facts about the request for its audit record: `operator`, `refused`,
+    `unrecorded_token`."""
     scope["privyseal"].update(facts)  # type: ignore[typeddict-item]
 
 

@@ -31,6 +31,7 @@ from service.authority.errors import (
     TooMany,
     Unauthenticated,
 )
+from service.authority.model import EXPECTED
 from service.http.context import note, origin_of
 
 PROBLEM: Final = "application/problem+json"
@@ -49,6 +50,11 @@ _STATUS: Final[Mapping[type[AdminRefusal], HTTPStatus]] = {
 log = structlog.stdlib.get_logger()
 
 AnyRequest = Request[Any, Any, Any]
+
+# As msgspec says it.
+_IN_WORDS: Final[Mapping[str, str]] = {
+    f"Expected `str` matching regex {pattern!r}": words for pattern, words in EXPECTED.items()
+}
 
 
 class Refused(AdminRefusal):
@@ -117,9 +123,16 @@ def status_of(error: AdminRefusal) -> HTTPStatus:
     return error.status if isinstance(error, Refused) else _STATUS[type(error)]
 
 
+def note_refusal(request: AnyRequest, error: AdminRefusal) -> None:
+    """Leave a refusal for its audit record, and with it a token that may be a forged one."""
+    note(request.scope, refused=error.reason)
+    if isinstance(error, Unauthenticated):
+        note(request.scope, unrecorded_token=error.unrecorded)
+
+
 def admin_refusal(request: AnyRequest, error: AdminRefusal) -> Response[bytes]:
     """Answer a refusal of the admin API, with the challenge of RFC 6750 §3 where it has one."""
-    note(request.scope, refused=error.reason)
+    note_refusal(request, error)
     status = status_of(error)
     members: dict[str, Any] = {}
     headers: dict[str, str] = {}
@@ -127,7 +140,7 @@ def admin_refusal(request: AnyRequest, error: AdminRefusal) -> Response[bytes]:
         headers["WWW-Authenticate"] = _challenge(request, error)
     if isinstance(error, Forbidden) and error.scope:
         headers["WWW-Authenticate"] = f'Bearer error="insufficient_scope", scope="{error.scope}"'
-    if isinstance(error, Invalid) and error.pointer:
+    if isinstance(error, Invalid | Conflict) and error.pointer:
         members["errors"] = [{"pointer": error.pointer, "detail": error.detail}]
     return problem(request, status, error.detail, headers=headers, **members)
 
@@ -151,6 +164,7 @@ def store_unavailable(request: AnyRequest, _: Exception) -> Response[bytes]:
 def invalid_body(error: msgspec.ValidationError) -> Invalid:
     """Return the refusal of a JSON body, with a JSON pointer (RFC 6901) to where it is wrong."""
     detail, _, path = str(error).partition(" - at `$")
+    detail = _IN_WORDS.get(detail, detail)
     parts: list[str] = re.findall(r"[^.\[\]`]+", path)
     # It may repeat the name of a member, as long as the body was.
     sentence = f"{'.'.join(parts)}: {detail[:200]}" if parts else detail[:200]
@@ -160,7 +174,10 @@ def invalid_body(error: msgspec.ValidationError) -> Invalid:
 def invalid_input(request: AnyRequest, error: ValidationException) -> Response[bytes]:
     """Answer parameters of the path and the query that do not have their stated form."""
     note(request.scope, refused="invalid")
-    faults = cast("list[dict[str, str]]", error.extra or [])
+    faults = [
+        {**fault, "message": _IN_WORDS.get(fault["message"], fault["message"])}
+        for fault in cast("list[dict[str, str]]", error.extra or [])
+    ]
     return problem(
         request,
         HTTPStatus.UNPROCESSABLE_ENTITY,

@@ -16,7 +16,7 @@ import structlog
 from litestar.types import Receive, Scope, Send
 
 from service.authority.audit import StoredRecord
-from service.authority.audit.export import Proven
+from service.authority.audit.export import Proven, for_all_readers
 from service.http.context import origin_of
 
 STALL: Final = 60.0
@@ -27,8 +27,6 @@ _encode: Final = msgspec.json.Encoder().encode
 COLUMNS: Final = StoredRecord.__struct_fields__
 # A spreadsheet takes what begins so for a formula, and formulas can send cells elsewhere.
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
-# Some readers of lines end one here, too; JSON has these characters in strings only.
-_LINE_ENDS: Final = {end.encode(): b"\\u%04x" % ord(end) for end in "\x85\u2028\u2029"}
 
 log = structlog.stdlib.get_logger()
 
@@ -105,10 +103,7 @@ async def _left(receive: Receive) -> None:
 def ndjson(page: Sequence[Proven]) -> bytes:
     """Return a line a record, each the JSON of a query with `proof` as one member more if there is
     any, and a line a header."""
-    lines = b"".join(map(_line, page))
-    for end, escaped in _LINE_ENDS.items():
-        lines = lines.replace(end, escaped)
-    return lines
+    return for_all_readers(b"".join(map(_line, page)))
 
 
 def _line(proven: Proven) -> bytes:

@@ -43,7 +43,7 @@ _ALERT_HEADER: Final = OpenAPIHeader(
     # Neither is written: in a header they would say what its name and place say already.
     name="",
     param_in="header",
-    description=f"How many forged tokens were reported in the last {DAYS} days: a signing key is "
+    description=f"How many forged tokens were noticed in the last {DAYS} days: a signing key is "
     "in other hands. Absent while there are none, and for callers that may only report.",
     schema=Schema(type=OpenAPIType.STRING, pattern="^token\\.forged [1-9][0-9]*$"),
 )

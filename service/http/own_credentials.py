@@ -68,7 +68,8 @@ class OwnCredentialController(Controller):
     ) -> Response[RotatedCredential]:
         """Replace the credential behind the caller's token: that one ends in 7 days.
 
-        The successor lives as long as the old one was made for. This takes no scope.
+        The successor lives as long as the old one was made for. Its label is one that none of the
+        caller's other live credentials has. This takes no scope.
         """
         rotated = await own_credentials.rotate(operator, data.label, origin_of(request.scope))
         now = clock()

@@ -23,7 +23,9 @@ from msgspec import Raw
 
 from keys.checkpoint import NoteVerifier
 from service.authority.audit.archive import (
+    NO_JSON,
     ArchivedFile,
+    ArchivedFiles,
     ArchivedLine,
     Manifest,
     PersonalLine,
@@ -33,6 +35,7 @@ from service.authority.audit.archive import (
 from service.authority.audit.merkle import Node
 from service.authority.audit.verify import Claim, Finding, Flaw, LogReport, collector_at_rest
 from service.store import unpack
+from service.store.whole_lines import LONGEST, whole_lines
 
 # As much as Linux lets anybody set (fs.pipe-max-size): what is unpacked ahead.
 _PIPE: Final = 1 << 20
@@ -62,11 +65,24 @@ def manifest_path(path: Path) -> Path:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read a manifest; raise Unreadable."""
+    """Read a manifest; raise Unreadable, also if it names other files than those of its archive."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Manifest)
-    except (OSError, msgspec.DecodeError) as error:
+        with path.open("rb") as file:
+            content = file.read(LONGEST)
+        manifest = msgspec.json.decode(content, type=Manifest)
+        if _written(manifest) != content:
+            raise ValueError("one is written in another way")
+    except (OSError, *NO_JSON) as error:
         raise Unreadable(f"{path} is no manifest of an archive ({error}).") from None
+    name = archive_name(manifest.origin, manifest.month)
+    named = (manifest.files.records.name, manifest.files.proof.name, manifest.personal)
+    if named != (name + _RECORDS, name + _PROOF, name + _PERSONAL):
+        raise Unreadable(f"{path} is no manifest of an archive (its files are not {name}…).")
+    return manifest
+
+
+def _written(manifest: Manifest) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(manifest)) + b"\n"
 
 
 def verify_archive(
@@ -78,23 +94,23 @@ def verify_archive(
 ) -> LogReport:
     """Check an archive without any database; raise Unreadable if it has no manifest."""
     manifest = read_manifest(path)
-    records, proof = manifest.files["records"].name, manifest.files["proof"].name
+    records, proof = manifest.files.records, manifest.files.proof
     with collector_at_rest():
         report = check_archive(
             manifest,
             verifier=verifier,
             outside=outside,
             records=_counted(
-                _lines(path.with_name(records), ArchivedLine), manifest.records, on_progress
+                _lines(path.with_name(records.name), ArchivedLine), manifest.records, on_progress
             ),
-            proof=chain.from_iterable(_lines(path.with_name(proof), Node)),
+            proof=chain.from_iterable(_lines(path.with_name(proof.name), Node)),
             personal=_personal_lines(path.with_name(manifest.personal)),
         )
     changed = [
         Finding(
             flaw=Flaw.EDITED, words=f"{file.name} is not the file that the archive was made of."
         )
-        for file in manifest.files.values()
+        for file in (records, proof)
         if _sha256(path.with_name(file.name)) != file.sha256
     ]
     return msgspec.structs.replace(
@@ -145,14 +161,11 @@ class ArchiveWriter:
             first_index=self._first,
             last_index=self._last,
             checkpoint=checkpoint.decode(),
-            files={
-                "records": self._file(_RECORDS),
-                "proof": self._file(_PROOF),
-            },
+            files=ArchivedFiles(records=self._file(_RECORDS), proof=self._file(_PROOF)),
             personal=self._name + _PERSONAL,
         )
         path = self._directory / (self._name + _MANIFEST)
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
+        path.write_bytes(_written(manifest))
         for suffix in (_RECORDS, _PROOF, _PERSONAL, _MANIFEST):
             _fsync(self._directory / (self._name + suffix))
         return path
@@ -225,12 +238,20 @@ def _personal_lines(path: Path) -> Iterator[PersonalLine]:
 
 def _lines(path: Path, kind: type[Line]) -> Iterator[Sequence[Line]]:
     """Read compressed lines, piece by piece; raise Unreadable where they end or make no sense."""
-    decode = msgspec.json.Decoder(kind).decode_lines
+    decode, encode = msgspec.json.Decoder(kind).decode_lines, msgspec.json.Encoder().encode_lines
+    line = 1
     try:
-        for lines in _whole_lines(path):
-            yield decode(lines)
-    except (OSError, EOFError, msgspec.DecodeError) as error:
-        raise Unreadable(f"{path.name} cannot be read to its end ({error}).") from None
+        for lines in whole_lines(_unpacked(path)):
+            decoded = decode(lines)
+            # What can be read in two ways is not what was written.
+            if encode(decoded) != lines:
+                raise ValueError("lines are written in another way")
+            yield decoded
+            line += len(decoded)
+    except (OSError, EOFError, *NO_JSON) as error:
+        raise Unreadable(
+            f"{path.name} cannot be read to its end (line {line:,} or one behind it: {error})."
+        ) from None
 
 
 def _counted(
@@ -241,18 +262,6 @@ def _counted(
         yield lines
         done += len(lines)
         on_progress(done, total)
-
-
-def _whole_lines(path: Path) -> Iterator[bytes]:
-    rest = b""
-    for chunk in _unpacked(path):
-        if end := chunk.rfind(b"\n") + 1:
-            yield rest + chunk[:end]
-            rest = chunk[end:]
-        else:
-            rest += chunk
-    if rest:
-        yield rest
 
 
 def _unpacked(path: Path) -> Iterator[bytes]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from service.authority.attention import Lately, LogHead, Refusals
+from service.authority.audit import Action
 from service.store.database import Database
 
 _SUMMARY: Final = """
@@ -17,10 +18,10 @@ SELECT sum(repeats)::bigint AS count, max(recorded_at) AS newest_at,
  WHERE recorded_at >= statement_timestamp() - make_interval(days => $1)
 """
 
-SELECT_UNKNOWN_TOKENS: Final = f"""
+SELECT_TOKENS_ON_NO_RECORD: Final = f"""
 WITH newest AS (
     SELECT r.repeats, r.recorded_at, r.service_user_id, r.service_user FROM audit_records r
-     WHERE r.action = 'token.unknown' ORDER BY r.commit_order DESC, r.id DESC LIMIT $2
+     WHERE r.action = $3 ORDER BY r.commit_order DESC, r.id DESC LIMIT $2
 )
 {_SUMMARY}
 """  # noqa: S608
@@ -71,17 +72,17 @@ class AttentionRecords:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def unknown_tokens(self, days: int, limit: int) -> Lately | None:
+    async def tokens_on_no_record(self, action: Action, days: int, limit: int) -> Lately | None:
         """Return what was reported of tokens that are on no record."""
-        return await self._lately(SELECT_UNKNOWN_TOKENS, days, limit)
+        return await self._lately(SELECT_TOKENS_ON_NO_RECORD, days, limit, action)
 
     async def refused_openings(self, days: int, limit: int) -> Lately | None:
         """Return how often a hand-over was refused that there is."""
         return await self._lately(SELECT_REFUSED_OPENINGS, days, limit)
 
-    async def _lately(self, query: str, days: int, limit: int) -> Lately | None:
+    async def _lately(self, query: str, *arguments: int | str) -> Lately | None:
         async with self._database.connection() as connection:
-            row = await connection.fetchrow(query, days, limit)
+            row = await connection.fetchrow(query, *arguments)
         if row is None or row["count"] is None:
             return None
         return Lately(

@@ -18,6 +18,7 @@ from keys.secret import Secret
 from service.authority.audit.merkle import STORED_EVERY, Node, Span
 from service.authority.audit.record import Action, AuditRecord, Outcome, new_record_id
 from service.authority.audit.verify import (
+    KEPT_DAYS,
     Placed,
     aligned_levels,
     complete_root,
@@ -34,7 +35,7 @@ from service.store.archive_files import (
     verify_archive,
 )
 from service.store.audit_tree import LogHashes, always
-from service.store.audit_verify import PAGE, SELECT_ARCHIVED, page, prepare
+from service.store.audit_verify import HAS_RECORDS, PAGE, SELECT_ARCHIVED, page, prepare
 from service.store.database import (
     MIGRATING,
     Connection,
@@ -45,9 +46,6 @@ from service.store.database import (
 )
 from service.store.service_users import as_json
 
-KEPT_DAYS: Final = 7
-"""Days after its end that a month stays: until then, calls of that month may be reported."""
-
 ATTEMPTS: Final = 20
 """How often the drop is tried: each time it gives way to who reads the tables just then."""
 LOCK_TIMEOUT: Final = 0.5
@@ -56,15 +54,14 @@ PAUSE: Final = 1.0
 LOCK: Final = "SELECT pg_try_advisory_lock(7709, 4)"
 UNLOCK: Final = "SELECT pg_advisory_unlock(7709, 4)"
 
+IS_OWNER: Final = """
+SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = 'audit_records'::regclass
+"""
+
 SELECT_MONTHS: Final = """
 SELECT substr(c.relname, 15) AS month
   FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
  WHERE i.inhparent = 'audit_records'::regclass ORDER BY 1
-"""
-
-HAS_RECORDS: Final = """
-SELECT EXISTS (SELECT FROM audit_records
-                WHERE id >= uuidv7_floor_1($1) AND id < uuidv7_floor_1($1 + interval '1 month'))
 """
 
 COUNT_MONTH: Final = """
@@ -86,6 +83,16 @@ SELECT l.log, g.origin, g.public_key, min(l.leaf_index) AS first, max(l.leaf_ind
 SELECT_DAILY_SIZES: Final = """
 SELECT DISTINCT ON (signed_at::date) size FROM audit_checkpoints WHERE log = $1
  ORDER BY signed_at::date, size DESC
+"""
+
+# Keys that signed before that and are published still, the last to go first; for the one that signs
+# now, as soon as it can be.
+SELECT_STILL_PUBLISHED: Final = """
+SELECT kid,
+       coalesce(publish_until, greatest(rotate_at, statement_timestamp())
+                               + make_interval(secs => lifetime_cap + 2 * $2::integer)) AS until
+  FROM signing_keys WHERE state IN ('active', 'retiring') AND activated_at < $1
+ ORDER BY until DESC LIMIT 1
 """
 
 ARCHIVE_MONTH: Final = "SELECT archive_month_1($1, $2, $3, $4)"
@@ -132,11 +139,14 @@ async def months_with_records(connection: Connection) -> list[str]:
 
 
 async def open_owner(dsn: Secret) -> "asyncpg.Connection[asyncpg.Record]":
-    """Open a connection for `Archive`; raise StoreUnavailable."""
+    """Open a connection for `Archive`; raise StoreUnavailable, or InsufficientPrivilegeError."""
     connection = await connect(dsn, application_name="privyseal archive", deadlines=MIGRATING)
     try:
         with loss_as_unavailable():
             await prepare(connection)
+            # Now, not with the first month that is old enough.
+            if not await connection.fetchval(IS_OWNER):
+                raise asyncpg.InsufficientPrivilegeError("must be owner of audit_records")
     except BaseException:
         connection.terminate()
         raise
@@ -176,6 +186,7 @@ class Archive:
         )
         if month in before:
             raise Conflict(f"{month} is in an archive already, says the log.")
+        await self._require_over(month)
         counted = await self._connection.fetchrow(COUNT_MONTH, start)
         assert counted is not None
         if counted["records"] != counted["placed"]:
@@ -198,6 +209,19 @@ class Archive:
         await self._drop(start, records, self._record(month, records, manifests, before))
         return Archived(month=month, records=records, manifests=manifests)
 
+    async def _require_over(self, month: str) -> None:
+        """Refuse while tokens of a key that signed in this month are accepted anywhere: whether one
+        of them was issued can only be told by the records."""
+        key = await self._connection.fetchrow(
+            SELECT_STILL_PUBLISHED, month_start(_next(month)), self._clock_skew
+        )
+        if key is not None:
+            until = key["until"].astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+            raise Conflict(
+                f"{month} is needed here, to tell which tokens are forged, while a key that signed "
+                f"in it is published: {key['kid']}, until {until} at the earliest."
+            )
+
     async def _write(
         self, span: Any, month: str, done: int, total: int, on_progress: Progress
     ) -> tuple[Path, int]:
@@ -217,7 +241,7 @@ class Archive:
     def _record(
         self, month: str, records: int, manifests: Sequence[Path], before: dict[str, Any]
     ) -> AuditRecord:
-        files = [read_manifest(path).files["records"] for path in manifests]
+        files = [read_manifest(path).files.records for path in manifests]
         archived = {"records": records, "sha256": [file.sha256 for file in files]}
         return AuditRecord(
             id=new_record_id(self._clock()),

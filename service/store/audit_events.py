@@ -41,7 +41,13 @@ SELECT_KNOWN_KEYS = """
 SELECT kid, public_der, activated_at FROM signing_keys WHERE kid = ANY ($1::text[])
 """
 
-KEPT_SINCE = "SELECT audit_kept_since_1()"
+# Restored data lacks what came after the backup: but for the key that signs since that was accepted
+# and a new log was opened, nobody knows all that a key has signed.
+KEPT_SINCE = """
+SELECT greatest(audit_kept_since_1(), max(k.activated_at))
+  FROM signing_keys k
+ WHERE k.activated_at <= (SELECT max(opened_at) FROM audit_logs WHERE log > 1)
+"""
 
 COUNT_FORGED = """
 SELECT count(*) FROM audit_records
@@ -131,7 +137,7 @@ class AuditEvents:
         return {row["kid"]: _known_key(row) for row in rows}
 
     async def kept_since(self) -> float:
-        """Return the time from which on no record was archived."""
+        """Return the time from which on no record was archived or lost with a restore."""
         async with self._database.connection() as connection:
             return (await connection.fetchval(KEPT_SINCE)).timestamp()
 

@@ -73,19 +73,18 @@ _PERSONAL: Final = "audit_personal p"
 _BOTH: Final = "audit_personal p JOIN audit_records r ON r.id = p.id"
 
 BROAD: Final = 1_000_000
-"""A prefix of more names than that is looked for in the order of commits: to sort all of them would
-take longer than a second, and among so many the next ones are near."""
+"""A prefix of more records than that is looked for in the order of commits: to sort all of them
+would take longer than a second, and among so many the next ones are near."""
 
 _SELECT_IS_BROAD: Final = """
 SELECT count(*) > $2
-  FROM (SELECT FROM audit_personal p
-         WHERE p.resource <> '' AND p.resource COLLATE "C" ^@ $1 LIMIT $2::bigint + 1) AS found
+  FROM (SELECT FROM audit_personal p WHERE {condition} LIMIT $2::bigint + 1) AS found
 """
 
 _NAMED: Final = "coalesce((SELECT su.id FROM service_users su WHERE su.name = {0}), {0})"
 
 # Field of RecordFilter -> its condition; {0} is the parameter, {key} the table whose order leads.
-# Each has its index (0001, 0008).
+# Each has its index (0001, 0008, 0011).
 _CONDITIONS: Final = {
     "id": "r.id = {0}",
     "service_user": f"r.service_user_id = {_NAMED}",
@@ -100,6 +99,7 @@ _CONDITIONS: Final = {
     "jti": "(r.id = {0} OR r.jti = {0})",
     "kid": "r.kid = {0}",
     "client_address": "p.client_address = {0}",
+    "user_agent": """p.user_agent <> '' AND p.user_agent COLLATE "C" ^@ {0}""",
     "department": "p.department = {0}",
     "resource": """p.resource <> '' AND p.resource COLLATE "C" ^@ {0}""",
     # An id is drawn shortly before its record is committed, or up to 7 days if it was reported.
@@ -108,7 +108,8 @@ _CONDITIONS: Final = {
     "until": "r.recorded_at < {0}"
     " AND {key}.id < uuidv7_floor_1(greatest({0} + interval '1 hour', to_timestamp(0)))",
 }
-_PERSONAL_FILTERS: Final = frozenset({"client_address", "department", "resource"})
+_PERSONAL_FILTERS: Final = frozenset({"client_address", "user_agent", "department", "resource"})
+_PREFIXES: Final = ("user_agent", "resource")
 _TYPES: Final = {"id": "uuid", "jti": "uuid", "since": "timestamptz", "until": "timestamptz"}
 
 
@@ -238,14 +239,21 @@ class AuditRecords:
         """Return records beyond the cursor, in the order of their commits or against it."""
         place = None if cursor is None else parse_cursor(cursor)
         async with self._database.connection() as connection:
-            broad = wanted.resource is not None and await connection.fetchval(
-                _SELECT_IS_BROAD, wanted.resource, self._broad
-            )
+            broad = await self._is_broad(connection, wanted)
             query, arguments = _page_query(wanted, place, newest_first, limit, broad=broad)
             # Not from the cache of statements: after a few uses Postgres may take one plan for all
             # values there, and those of a filter are as rare or as common as they come.
             statement = await connection.prepare(query)
             return [_stored_record(row) for row in await statement.fetch(*arguments)]
+
+    async def _is_broad(self, connection: Connection, wanted: RecordFilter) -> bool:
+        """Return whether prefixes are given, and each of them is one of many records."""
+        given = [(name, prefix) for name in _PREFIXES if (prefix := getattr(wanted, name))]
+        for name, prefix in given:
+            query = _SELECT_IS_BROAD.format(condition=_CONDITIONS[name].format("$1"))
+            if not await connection.fetchval(query, prefix, self._broad):
+                return False
+        return bool(given)
 
 
 def _page_query(

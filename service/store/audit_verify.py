@@ -21,7 +21,15 @@ from msgspec import Struct
 from keys.secret import Secret
 from service.authority.audit.merkle import STORED_EVERY, Node
 from service.authority.audit.record import Action
-from service.authority.audit.verify import Claim, Examination, Part, Placed, collector_at_rest
+from service.authority.audit.verify import (
+    Claim,
+    Examination,
+    Part,
+    Placed,
+    collector_at_rest,
+    may_be_archived,
+    month_bounds,
+)
 from service.authority.errors import StoreUnavailable
 from service.store.audit_tree import LEAF_COLUMNS
 from service.store.database import Connection, Deadlines, connect, loss_as_unavailable
@@ -92,11 +100,27 @@ SELECT l.log, l.origin, l.public_key, newest.size AS newest_size, newest.note,
  ORDER BY l.log
 """
 
-# The newest one names every month that was archived until then: it is there when older ones are
+# The newest record names every month that was archived until then: it is there when older ones are
 # archived themselves.
 SELECT_ARCHIVED: Final = """
 SELECT details -> 'archived' FROM audit_records WHERE action = $1
  ORDER BY commit_order DESC, id DESC LIMIT 1
+"""
+
+# Which months any of them names, since when, and how many records the newest says they had.
+SELECT_NAMED: Final = """
+SELECT named.month, min(r.recorded_at) AS named_at,
+       (array_agg(named.archive -> 'records' ORDER BY r.commit_order DESC, r.id DESC))[1] AS records
+  FROM audit_records r
+ CROSS JOIN LATERAL jsonb_each(
+     CASE jsonb_typeof(r.details -> 'archived') WHEN 'object' THEN r.details -> 'archived'
+          ELSE '{}' END) AS named (month, archive)
+ WHERE r.action = $1 GROUP BY named.month ORDER BY named.month
+"""
+
+HAS_RECORDS: Final = """
+SELECT EXISTS (SELECT FROM audit_records
+                WHERE id >= uuidv7_floor_1($1) AND id < uuidv7_floor_1($1 + interval '1 month'))
 """
 
 SELECT_ERASED: Final = """
@@ -138,7 +162,9 @@ class Survey(Struct, frozen=True, kw_only=True):
 
     logs: Sequence[StoredLog]
     archived: Mapping[str, int]
-    """By the log's own word: month -> records."""
+    """By the log's own word, where that can be true: month -> records."""
+    not_archived: Sequence[str]
+    """Months of which the log says so, and it cannot be true."""
     erased: int
     """Personal values, by the log's own word."""
 
@@ -187,7 +213,7 @@ async def survey(connection: Connection) -> Survey:
     with loss_as_unavailable():
         async with connection.transaction(isolation="repeatable_read", readonly=True):
             rows = await connection.fetch(SELECT_LOGS)
-            archived = await _archived(connection)
+            archived, not_archived = await _archived(connection)
             erased = await connection.fetchval(SELECT_ERASED, Action.AUDIT_ERASE)
     return Survey(
         logs=[
@@ -203,15 +229,31 @@ async def survey(connection: Connection) -> Survey:
             for row in rows
         ],
         archived=archived,
+        not_archived=not_archived,
         erased=erased,
     )
 
 
-async def _archived(connection: Connection) -> Mapping[str, int]:
-    found: dict[str, dict[str, int]] | None = await connection.fetchval(
-        SELECT_ARCHIVED, Action.AUDIT_ARCHIVE
-    )
-    return {month: archive["records"] for month, archive in (found or {}).items()}
+async def _archived(connection: Connection) -> tuple[Mapping[str, int], Sequence[str]]:
+    """Return the months that are archived, with their records, and those that are said to be."""
+    archived: dict[str, int] = {}
+    not_archived: list[str] = []
+    for row in await connection.fetch(SELECT_NAMED, Action.AUDIT_ARCHIVE):
+        month, records = row["month"], row["records"]
+        named_at, remains = row["named_at"], await _remains(connection, month)
+        if type(records) is int and may_be_archived(month, named_at=named_at, remains=remains):
+            archived[month] = records
+        else:
+            not_archived.append(month)
+    return archived, not_archived
+
+
+async def _remains(connection: Connection, month: str) -> bool:
+    try:
+        start, _ = month_bounds(month)
+    except ValueError:
+        return False
+    return await connection.fetchval(HAS_RECORDS, start)
 
 
 async def page(connection: Connection, log: int, start: int, stop: int) -> Sequence[Placed]:
@@ -319,7 +361,8 @@ async def _open_for(dsn: Secret, job: Job) -> "asyncpg.Connection[asyncpg.Record
     connection = await open_reader(dsn)
     try:
         with loss_as_unavailable():
-            if await _archived(connection) != job.archived:
+            archived, _ = await _archived(connection)
+            if archived != job.archived:
                 raise StoreUnavailable("records were archived meanwhile")
     except BaseException:
         connection.terminate()

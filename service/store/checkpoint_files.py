@@ -4,15 +4,26 @@ Verifies nothing, and keeps no secret: anybody may read a checkpoint.
 """
 
 import asyncio
+import errno
 import os
 import re
+import stat
 import tempfile
-from collections.abc import Iterable
-from datetime import UTC, datetime
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Final
+from queue import SimpleQueue
+from typing import Final, TypeVar
 
+from keys.checkpoint import MAX_NOTE_BYTES
 from service.authority.audit.continuity import OutsideNote
+from service.authority.restore import MAX_LOG_NUMBER
+
+_T = TypeVar("_T")
 
 DEADLINE: Final = 5.0
 """Seconds; a file system may hang."""
@@ -26,51 +37,60 @@ _NAME: Final = re.compile(r"([0-9]{4})-([0-9]{20})-([0-9]{4}-[0-9]{2}-[0-9]{2})\
 
 
 class CheckpointFiles:
-    """Implements `authority.audit.continuity.OutsideCheckpoints`; many processes may share it."""
+    """Implements `authority.audit.continuity.OutsideCheckpoints`; many processes may share it.
 
-    def __init__(self, directory: Path) -> None:
+    Where the file system hangs, so does a thread that is for nothing else.
+    """
+
+    def __init__(self, directory: Path, *, deadline: float = DEADLINE) -> None:
+        """`deadline` is in seconds: a look that takes longer raises OSError."""
         self._directory = directory
+        self._thread = _OneThread(deadline)
+        weakref.finalize(self, self._thread.end)
 
     async def newest(self) -> OutsideNote | None:
-        """Return the file of the newest log that has the largest size; raise OSError."""
-        async with asyncio.timeout(DEADLINE):
-            return await asyncio.to_thread(self._newest)
+        """Return the file of the newest log that has the largest size; raise OSError.
+
+        An empty one is none: a disk that failed leaves such, and `keep` mends it.
+        """
+        return await self._thread.run(self._newest)
 
     async def keep(self, log_number: int, size: int, note: bytes, signed_at: datetime) -> None:
         """Write a checkpoint whole or not at all, and drop what it makes superfluous; raise
         OSError."""
+        if log_number > MAX_LOG_NUMBER:
+            raise ValueError(f"expected the number of a log up to {MAX_LOG_NUMBER}: {log_number}")
         day = signed_at.astimezone(UTC).date().isoformat()
         name = f"{log_number:04}-{size:020}-{day}.txt"
-        async with asyncio.timeout(DEADLINE):
-            await asyncio.to_thread(self._keep, name, note)
+        await self._thread.run(lambda: self._keep(name, note))
 
     async def sizes(self, log_number: int) -> list[int]:
         """Return the sizes of those that are kept of a log, in order; raise OSError."""
-        async with asyncio.timeout(DEADLINE):
-            names = await asyncio.to_thread(self._names)
+        names = await self._thread.run(self._names)
         return [int(name[5:25]) for name in names if int(name[:4]) == log_number]
 
     def _newest(self) -> OutsideNote | None:
-        while names := self._names():
-            path = self._directory / names[-1]
+        for name in reversed(self._names()):
+            path = self._directory / name
             try:
-                note = path.read_bytes()
+                note = _read(path)
             except FileNotFoundError:
                 # Another process has kept a newer one meanwhile, and tidied up.
-                continue
-            return OutsideNote(log_number=int(names[-1][:4]), unverified_note=note, place=str(path))
+                return self._newest()
+            if note:
+                return OutsideNote(log_number=int(name[:4]), unverified_note=note, place=str(path))
         return None
 
     def _keep(self, name: str, note: bytes) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
-        if name not in self._names():
+        if name not in self._names() or _is_cut(self._directory / name, note):
             _write(self._directory, name, note)
         for superfluous in superseded(os.listdir(self._directory)):
             (self._directory / superfluous).unlink(missing_ok=True)
 
     def _names(self) -> list[str]:
         try:
-            return sorted(filter(_NAME.fullmatch, os.listdir(self._directory)))
+            return sorted(filter(_is_name, os.listdir(self._directory)))
         except FileNotFoundError:
             return []
 
@@ -79,7 +99,7 @@ def superseded(names: Iterable[str]) -> list[str]:
     """Return which files need not be kept: all checkpoints but the last of each day, for KEPT_DAYS
     days, and what a process that was killed has left of older ones."""
     names = sorted(names)
-    found = [match for match in map(_NAME.fullmatch, names) if match]
+    found = [match for match in map(_NAME.fullmatch, filter(_is_name, names)) if match]
     last_of_day = {(log, day): match[0] for match in found for log, _, day in [match.groups()]}
     kept = list(last_of_day.values())[-KEPT_DAYS:]
     return [match[0] for match in found if match[0] not in kept] + [
@@ -87,12 +107,46 @@ def superseded(names: Iterable[str]) -> list[str]:
     ]
 
 
+def _is_name(name: str) -> bool:
+    if (match := _NAME.fullmatch(name)) is None:
+        return False
+    try:
+        date.fromisoformat(match[3])
+    except ValueError:
+        return False
+    return True
+
+
+def _read(path: Path) -> bytes:
+    """Return what a regular file begins with: a byte more than a checkpoint may have, at most."""
+    # A pipe would be waited for, and a link may lead anywhere.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return file.read(MAX_NOTE_BYTES + 1)
+
+
+def _is_cut(path: Path, note: bytes) -> bool:
+    """Whether a file is but the beginning of this note; anything else is evidence, and stays."""
+    try:
+        found = _read(path)
+    except FileNotFoundError:
+        return False
+    return found != note and note.startswith(found)
+
+
 def _write(directory: Path, name: str, note: bytes) -> None:
     with tempfile.NamedTemporaryFile(dir=directory, prefix=f".{name}.", delete=False) as staging:
-        staging.write(note)
-        staging.flush()
-        os.fchmod(staging.fileno(), 0o644)
-        os.fsync(staging.fileno())
+        try:
+            staging.write(note)
+            staging.flush()
+            os.fchmod(staging.fileno(), 0o644)
+            os.fsync(staging.fileno())
+        except BaseException:
+            # Where the disk is full, each attempt would leave one.
+            Path(staging.name).unlink(missing_ok=True)
+            raise
     try:
         os.replace(staging.name, directory / name)
     except FileNotFoundError:
@@ -103,3 +157,52 @@ def _write(directory: Path, name: str, note: bytes) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class _OneThread:
+    """Calls that may hang, one at a time: none waits behind one that does.
+
+    A daemon: the end of the process does not wait for it.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._busy_since: float | None = None
+        self._started = False
+
+    async def run(self, call: Callable[[], _T]) -> _T:
+        """Return what the call returns; raise OSError at the deadline, and at once while one that
+        was begun before hangs. A call that nobody waits for any more is dropped, unless it has
+        begun."""
+        busy_since = self._busy_since
+        if busy_since is not None and (busy := time.monotonic() - busy_since) > self._deadline:
+            raise OSError(errno.ETIMEDOUT, f"no answer for {busy:.0f} s")
+        if not self._started:
+            self._started = True
+            threading.Thread(target=self._work, name="checkpoints", daemon=True).start()
+        future: Future[_T] = Future()
+        self._jobs.put(lambda: _settle(future, call))
+        async with asyncio.timeout(self._deadline):
+            return await asyncio.wrap_future(future)
+
+    def end(self) -> None:
+        """Let the thread end once it has done what it was given."""
+        self._jobs.put(None)
+
+    def _work(self) -> None:
+        while job := self._jobs.get():
+            self._busy_since = time.monotonic()
+            job()
+            self._busy_since = None
+
+
+def _settle(future: "Future[_T]", call: Callable[[], _T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = call()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

@@ -123,16 +123,28 @@ def _refusal_as_unavailable() -> Generator[None, None, None]:
             raise ConnectionRefused(error) from None
 
 
+@contextmanager
+def _nonsense_as_refusal() -> Generator[None, None, None]:
+    try:
+        yield
+    except ValueError:
+        # Its text may quote a part of the password.
+        raise StartRefused(
+            "The URL of the database makes no sense: postgresql://user:password@host:port/name, "
+            "with whatever is no letter or digit in user and password percent-encoded."
+        ) from None
+
+
 async def connect(
     dsn: Secret, *, application_name: str, deadlines: Deadlines = SERVING
 ) -> "asyncpg.Connection[asyncpg.Record]":
     """Open one connection to the primary among the hosts of `dsn`.
 
     Raises `StoreUnavailable` within `deadlines.connect`, for a refused password and the like
-    `ConnectionRefused`. The caller owns the connection: `terminate()` never waits,
-    `close(timeout=)` says good-bye first.
+    `ConnectionRefused`, `StartRefused` for a `dsn` that makes no sense. The caller owns the
+    connection: `terminate()` never waits, `close(timeout=)` says good-bye first.
     """
-    with _refusal_as_unavailable():
+    with _refusal_as_unavailable(), _nonsense_as_refusal():
         return await asyncpg.connect(
             dsn.reveal(),
             timeout=deadlines.connect,

@@ -134,6 +134,16 @@ def find_running(data_dir: Path) -> RunningFile | None:
     return found if found.pid in _servers_in(cluster) else None
 
 
+def require_running(data_dir: Path) -> RunningFile:
+    """Return how to reach the server that runs on `data_dir`; raise `StartRefused` if none does."""
+    if (running := find_running(data_dir)) is None:
+        raise StartRefused(
+            f"No embedded PostgreSQL runs under {data_dir}. Set PRIVYSEAL_DATA_DIR to where one "
+            "does (`make run` prints it), or PRIVYSEAL_DATABASE_URL; `privyseal serve` starts one."
+        )
+    return running
+
+
 class EmbeddedPostgres:
     """One PostgreSQL server on 127.0.0.1, its data under `data_dir/postgres`.
 

@@ -6,6 +6,7 @@ Judges no record: `authority.audit.exported` does.
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -16,14 +17,17 @@ from service.authority.audit.exported import (
     HEADER_BEGINS,
     Block,
     ExportCheck,
+    Heading,
     Pinning,
     examine,
+    heading_of,
 )
 from service.authority.audit.verify import LogReport, Part, collector_at_rest
+from service.store.whole_lines import TooLong, whole_lines
 
-CHUNK: Final = 1 << 18
+CHUNK: Final = 1 << 17
 """Bytes of a block, about: as much as stays in the cache of a processor while it is examined."""
-BATCH: Final = 16
+BATCH: Final = 32
 """Blocks that a process is given at a time."""
 _NEXT_HEADER: Final = b"\n" + HEADER_BEGINS
 
@@ -55,8 +59,8 @@ def verify_export(
 ) -> list[LogReport]:
     """Check an export without any database; return a report for each log.
 
-    `cuts` are the sizes of the checkpoints that it is compared with. Raise Unreadable if it does
-    not begin with a checkpoint, OSError, and whatever `pinning` raises.
+    `cuts` are the sizes of the checkpoints that it is compared with, in order. Raise Unreadable if
+    it does not begin with a checkpoint or is no text, OSError, and whatever `pinning` raises.
     """
     check = ExportCheck(pinning)
     stretches = _stretches(path, cuts, chunk)
@@ -83,34 +87,38 @@ def _examined(stretch: Stretch) -> tuple[Stretch, list[Part]]:
 
 
 def _stretches(path: Path, cuts: Sequence[int], chunk: int) -> Iterator[Stretch]:
-    header: bytes | None = None
-    line = 1
-    for start, lines in _chunks(path, chunk):
-        at = 0
-        while at < len(lines):
-            begins = lines.startswith(HEADER_BEGINS, at)
-            if begins:
-                end = lines.find(b"\n", at) + 1 or len(lines)
-                header, at, line = lines[at:end], end, line + 1
-            if header is None:
-                raise Unreadable("It does not begin with a checkpoint.")
-            stop = lines.find(_NEXT_HEADER, max(at - 1, 0)) + 1 or len(lines)
-            # The last line of a file may lack its end.
-            open_end = at < stop and not lines.endswith(b"\n", at, stop)
-            count = lines.count(b"\n", at, stop) + open_end
-            block = Block(header=header, begins=begins, first_line=line, lines=count, cuts=cuts)
-            yield Stretch(path=path, start=start + at, stop=start + stop, block=block)
-            at, line = stop, line + count
-
-
-def _chunks(path: Path, size: int) -> Iterator[tuple[int, bytes]]:
-    """Yield whole lines, and where they begin; the last one may lack its end."""
-    start, rest = 0, b""
+    heading: Heading | None = None
+    line, start = 1, 0
     with path.open("rb") as file:
-        while chunk := file.read(size):
-            lines, newline, rest = (rest + chunk).rpartition(b"\n")
-            if newline:
-                yield start, lines + newline
-                start += len(lines) + 1
-    if rest:
-        yield start, rest
+        pieces = whole_lines(iter(partial(file.read, chunk), b""))
+        while lines := _next(pieces, line):
+            at = 0
+            while at < len(lines):
+                header = None
+                if lines.startswith(HEADER_BEGINS, at):
+                    end = lines.find(b"\n", at) + 1 or len(lines)
+                    header = lines[at:end]
+                    heading = heading_of(header)
+                    at, line = end, line + 1
+                if heading is None:
+                    raise Unreadable("It does not begin with a checkpoint.")
+                stop = lines.find(_NEXT_HEADER, max(at - 1, 0)) + 1 or len(lines)
+                # The last line of a file may lack its end.
+                open_end = at < stop and not lines.endswith(b"\n", at, stop)
+                block = Block(
+                    heading=heading,
+                    header=header,
+                    first_line=line,
+                    lines=lines.count(b"\n", at, stop) + open_end,
+                    cuts=cuts,
+                )
+                yield Stretch(path=path, start=start + at, stop=start + stop, block=block)
+                at, line = stop, line + block.lines
+            start += len(lines)
+
+
+def _next(pieces: Iterator[bytes], line: int) -> bytes:
+    try:
+        return next(pieces, b"")
+    except TooLong as error:
+        raise Unreadable(f"From line {line:,} on it is no text: {error}.") from None

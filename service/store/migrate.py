@@ -5,7 +5,9 @@ Never goes back and never changes what was applied: a mistake is corrected by th
 
 import hashlib
 import re
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Final
 
 import asyncpg
 import msgspec
@@ -33,6 +35,10 @@ GRANT SELECT ON schema_migrations TO PUBLIC;
 _SELECT_APPLIED = "SELECT version, name, sha256 FROM schema_migrations ORDER BY version"
 
 _INSERT_APPLIED = "INSERT INTO schema_migrations (version, name, sha256) VALUES ($1, $2, $3)"
+
+
+Along = Mapping[str, Callable[[Connection], Awaitable[None]]]
+_NOTHING: Final[Along] = {}
 
 
 class MigrationRefused(Exception):
@@ -105,9 +111,12 @@ async def require_schema(connection: Connection, directory: Path = MIGRATIONS) -
         raise StartRefused(f"The database lacks {names}. Run `privyseal migrate` as its owner.")
 
 
-async def migrate(connection: Connection, directory: Path = MIGRATIONS) -> list[str]:
+async def migrate(
+    connection: Connection, directory: Path = MIGRATIONS, *, along: Along = _NOTHING
+) -> list[str]:
     """Apply what is pending, each in a transaction of its own, and return the names.
 
+    `along` names what is done in the transaction of a migration, because SQL alone cannot.
     `connection` belongs to the owner of the schema and was opened with `MIGRATING` deadlines.
     Raises `MigrationRefused`, also for a file that the database rejects: that one leaves nothing
     behind, and those before it stay. Raises `StoreUnavailable` when Postgres goes away, or when
@@ -115,12 +124,12 @@ async def migrate(connection: Connection, directory: Path = MIGRATIONS) -> list[
     """
     names: list[str] = []
     with loss_as_unavailable():
-        while (name := await _apply_next(connection, directory)) is not None:
+        while (name := await _apply_next(connection, directory, along)) is not None:
             names.append(name)
     return names
 
 
-async def _apply_next(connection: Connection, directory: Path) -> str | None:
+async def _apply_next(connection: Connection, directory: Path, along: Along) -> str | None:
     async with connection.transaction():
         await connection.execute(_LOCK)
         await connection.execute(_CREATE_TABLE)
@@ -138,6 +147,8 @@ async def _apply_next(connection: Connection, directory: Path) -> str | None:
             raise MigrationRefused(
                 f"Migration {migration.name} failed: {error.sqlstate} {error.args[0]}"
             ) from None
+        if (act := along.get(migration.name)) is not None:
+            await act(connection)
         await connection.execute(
             _INSERT_APPLIED, migration.version, migration.name, migration.sha256
         )

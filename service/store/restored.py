@@ -19,7 +19,9 @@ SELECT_TOLL: Final = """
 SELECT ARRAY(SELECT kid FROM signing_keys WHERE state IN ('pending', 'active', 'retiring')
               ORDER BY kid) AS published_kids,
        (SELECT count(*) FROM credentials
-         WHERE revoked_at IS NULL AND expires_at > statement_timestamp()) AS live_credentials
+         WHERE revoked_at IS NULL AND expires_at > statement_timestamp()) AS live_credentials,
+       (SELECT count(*) FROM service_users
+         WHERE source_system = 'console' AND status = 'active') AS active_people
 """
 
 ACCEPT: Final = "SELECT accept_restored_1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)"
@@ -38,7 +40,8 @@ class RestoredDatabase:
             return await connection.fetchval(SELECT_NOW)
 
     async def toll(self) -> Toll:
-        """Return the published keys, and how many credentials have not ended."""
+        """Return the published keys, and how many credentials have not ended and people may sign
+        in."""
         async with self._database.connection() as connection:
             row = await connection.fetchrow(SELECT_TOLL)
         assert row is not None

@@ -3,6 +3,7 @@
 Judges nothing: an act that was decided on an old version is refused by the database.
 """
 
+import re
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final, cast
@@ -15,8 +16,16 @@ from service.authority.audit import AuditRecord
 from service.authority.errors import Conflict
 from service.authority.hand_over import RefusedOpening
 from service.authority.leaked import Held
-from service.authority.model import Credential, LiveTokens, ServiceUser, Status, Subject
-from service.store.database import Database, fetch_durable, sqlstate
+from service.authority.model import (
+    SERVICE_USER_ID,
+    Credential,
+    LiveTokens,
+    ServiceUser,
+    ServiceUserFilter,
+    Status,
+    Subject,
+)
+from service.store.database import Connection, Database, fetch_durable, sqlstate
 
 SERVICE_USER_COLUMNS = """su.id, su.name, su.source_system, su.owner, su.contact, su.description,
     su.scopes, su.audiences, su.token_lifetime, su.status, su.version, su.created_at"""
@@ -37,10 +46,7 @@ SELECT {SERVICE_USER_COLUMNS}, {_CREDENTIAL_COLUMNS}
 
 SELECT_PAGE = f"""
 SELECT {SERVICE_USER_COLUMNS} FROM service_users su
- WHERE su.name > $1
-   AND ($3::text IS NULL OR su.name = $3)
-   AND ($4::text IS NULL OR su.source_system = $4)
-   AND ($5::text IS NULL OR su.status = $5)
+ WHERE su.name > $1 {{conditions}}
  ORDER BY su.name LIMIT $2
 """  # noqa: S608
 
@@ -124,9 +130,13 @@ SELECT_REFUSED_OPENINGS = _REFUSED_OPENINGS.format(of="")
 SELECT_REFUSED_OPENINGS_OF = _REFUSED_OPENINGS.format(of="AND r.service_user_id = $3")
 
 SELECT_LIVE_TOKENS = """
-SELECT count(*) AS count, to_timestamp(max(exp)) AS last_ends_at FROM audit_records
- WHERE service_user_id = $1 AND exp > extract(epoch FROM statement_timestamp())::bigint
-   AND ($2::text IS NULL OR credential_id = $2)
+SELECT count(*) AS count, to_timestamp(max(exp)) AS last_ends_at
+  FROM (SELECT r.exp FROM audit_records r
+         WHERE r.service_user_id = $1 AND r.exp > extract(epoch FROM statement_timestamp())::bigint
+           AND ($2::text IS NULL OR r.credential_id = $2)
+           -- Nobody accepts them once the keys are read again; the revocation counts them itself.
+           AND NOT EXISTS (SELECT FROM signing_keys k WHERE k.kid = r.kid AND k.state = 'revoked')
+         ORDER BY r.exp DESC LIMIT $3) live
 """
 
 CREATE_SERVICE_USER = "SELECT create_service_user_1($1, $2, $3)"
@@ -157,17 +167,11 @@ class ServiceUsers:
             return subject(await connection.fetch(SELECT_SUBJECT, client_id))
 
     async def page(
-        self,
-        *,
-        after: str,
-        limit: int,
-        name: str | None,
-        source_system: str | None,
-        status: Status | None,
+        self, wanted: ServiceUserFilter, *, after: str, limit: int
     ) -> Sequence[ServiceUser]:
         """Return service users in the order of their names."""
         async with self._database.connection() as connection:
-            rows = await connection.fetch(SELECT_PAGE, after, limit, name, source_system, status)
+            rows = await fetch_page(connection, SELECT_PAGE, [after, limit], wanted)
         return [service_user(row) for row in rows]
 
     async def credentials(self, service_user_id: str) -> Sequence[Credential]:
@@ -199,9 +203,12 @@ class ServiceUsers:
     async def live_tokens(
         self, service_user_id: str, credential_id: str | None = None
     ) -> LiveTokens:
-        """Count the tokens that have not expired, of one credential if it is given."""
+        """Count the tokens that have not expired and whose key was not revoked, of one credential
+        if it is given."""
         async with self._database.connection() as connection:
-            row = await connection.fetchrow(SELECT_LIVE_TOKENS, service_user_id, credential_id)
+            row = await connection.fetchrow(
+                SELECT_LIVE_TOKENS, service_user_id, credential_id, None
+            )
         assert row is not None
         return LiveTokens(**row)
 
@@ -365,6 +372,34 @@ def subject(rows: Sequence[asyncpg.Record]) -> Subject:
         service_user=user,
         credentials=tuple(_credential(row) for row in rows if row["credential_id"] is not None),
     )
+
+
+async def fetch_page(
+    connection: Connection, query: str, arguments: Sequence[Any], wanted: ServiceUserFilter
+) -> list[asyncpg.Record]:
+    """Run a query of service users `su`, which has a place for conditions, for those wanted."""
+    given = list(arguments)
+    conditions = ""
+    for condition, value in (
+        ("su.name = {}", wanted.name),
+        _sought(wanted.search),
+        ("su.source_system = {}", wanted.source_system),
+        ("su.status = {}", wanted.status and wanted.status.value),
+    ):
+        if value:
+            given.append(value)
+            conditions += f" AND {condition.format(f'${len(given)}')}"
+    # Not from the cache of statements: one plan for all values would read every name for a word, a
+    # system or a status that few have.
+    statement = await connection.prepare(query.format(conditions=conditions))
+    return await statement.fetch(*given)
+
+
+def _sought(search: str) -> tuple[str, str]:
+    if re.fullmatch(SERVICE_USER_ID, given := search.strip().lower()):
+        return "su.id = {}", given
+    # The one character that Postgres takes in no text; it parts words like any other sign.
+    return "su.words @@ words_begin_1({})", search.replace("\0", " ")
 
 
 def _credential(row: asyncpg.Record, *, last_used_at: datetime | None = None) -> Credential:

@@ -15,16 +15,18 @@ from cryptography.hazmat.primitives.serialization import (
     load_der_public_key,
 )
 
+from keys.attestation import attest
+from keys.envelope import KekReader
 from keys.keyring import KeyState, RotationPolicy, SigningKey
 from keys.signer import KeptKey
 from service.authority.audit import AuditRecord
 from service.authority.key_rotation import EndedKey, StoredKey, TokenHolder
-from service.store.database import Database, fetch_durable
+from service.store.database import Connection, Database, fetch_durable
 from service.store.service_users import as_json
 
 SELECT_PUBLISHED = """
-SELECT kid, state, signer, public_der, sealed_private, published_at, activated_at, rotate_at,
-       released_at, lifetime_cap, publish_until
+SELECT kid, state, signer, public_der, sealed_private, attestation, published_at, activated_at,
+       rotate_at, released_at, lifetime_cap, publish_until
   FROM signing_keys WHERE state IN ('pending', 'active', 'retiring')
 """
 
@@ -34,7 +36,7 @@ RETIRE = "SELECT retire_key_1($1, $2, $3)"
 HASTEN_ROTATION = "SELECT hasten_rotation_1($1, $2, $3)"
 REVOKE = "SELECT revoke_key_1($1, $2, $3, $4, $5, $6)"
 REVOKE_ALL = "SELECT revoke_all_keys_1($1, $2, $3, $4, $5, $6, $7)"
-RESEAL = "SELECT reseal_key_2($1, $2, $3, $4, $5)"
+RESEAL = "SELECT reseal_key_3($1, $2, $3, $4, $5, $6, $7)"
 DESTROYED = "SELECT key_destroyed_1($1, $2, $3)"
 ELECT = "SELECT pg_try_advisory_lock(7709, 5)"
 LIMIT_ELECTION = "SET idle_session_timeout = '180s'"
@@ -68,6 +70,24 @@ SELECT kid, state, public_der, published_at, activated_at, ended_at FROM signing
    AND ended_at > statement_timestamp() - interval '90 days'
  ORDER BY ended_at DESC, kid LIMIT $1
 """
+
+
+SELECT_UNATTESTED = """
+SELECT kid FROM signing_keys
+ WHERE state IN ('pending', 'active', 'retiring') AND attestation IS NULL
+"""
+ATTEST = "UPDATE signing_keys SET attestation = $2 WHERE kid = $1"
+
+
+async def attest_all(connection: Connection, read_keks: KekReader) -> None:
+    """Say of every published key that it was made here; raise EnvelopeError.
+
+    For who owns the schema, and once: in the transaction that makes room for attestations.
+    """
+    if rows := await connection.fetch(SELECT_UNATTESTED):
+        keks = read_keks()
+        for row in rows:
+            await connection.execute(ATTEST, row["kid"], attest(row["kid"], keks))
 
 
 class SigningKeys:
@@ -196,9 +216,19 @@ class SigningKeys:
         """Note that a private half is destroyed where it was made."""
         return await self._call(DESTROYED, kid, as_json(record), self._clock_skew)
 
-    async def reseal(self, kid: str, before: bytes, after: bytes, record: AuditRecord) -> bool:
-        """Put `after` in the place of the sealed private half `before`, if that is still there."""
-        return await self._call(RESEAL, kid, before, after, as_json(record), self._clock_skew)
+    async def reseal(self, before: KeptKey, after: KeptKey, record: AuditRecord) -> bool:
+        """Put what is sealed of `after` in the place of what is of `before`, if that still is
+        there: the private half, and the attestation."""
+        return await self._call(
+            RESEAL,
+            before.kid,
+            before.sealed_private,
+            after.sealed_private,
+            before.attestation,
+            after.attestation,
+            as_json(record),
+            self._clock_skew,
+        )
 
     async def _call(self, function: str, *arguments: object) -> bool:
         async with self._database.connection() as connection:
@@ -214,6 +244,7 @@ def key_as_json(key: KeptKey) -> str:
             "signer": key.uri,
             "public_der": "\\x" + der.hex(),
             "sealed_private": key.sealed_private and "\\x" + key.sealed_private.hex(),
+            "attestation": key.attestation and "\\x" + key.attestation.hex(),
         }
     )
 
@@ -237,6 +268,7 @@ def _stored_key(row: asyncpg.Record) -> StoredKey:
             uri=row["signer"],
             public_key=public_key,
             sealed_private=row["sealed_private"],
+            attestation=row["attestation"],
         ),
     )
 

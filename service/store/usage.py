@@ -5,17 +5,22 @@ Every query goes through an index and ends after one page, whatever the size of 
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import Final
 
+from service.authority.model import ServiceUserFilter
 from service.authority.usage import (
     EndingCredential,
     ListedServiceUser,
     LiveTokenCount,
-    ServiceUserFilter,
     Use,
 )
 from service.store.database import Database
-from service.store.service_users import SERVICE_USER_COLUMNS, service_user
+from service.store.service_users import (
+    SELECT_LIVE_TOKENS,
+    SERVICE_USER_COLUMNS,
+    fetch_page,
+    service_user,
+)
 
 _LAST_EXCHANGE: Final = """
     SELECT r.id, r.recorded_at FROM audit_records r
@@ -46,13 +51,6 @@ SELECT_SERVICE_USER_USE = f"""
 SELECT used.recorded_at AS at, p.client_address
   FROM ({_LAST_EXCHANGE.format(user="$1")}) used LEFT JOIN audit_personal p ON p.id = used.id
 """  # noqa: S608
-
-SELECT_LIVE_TOKENS = """
-SELECT count(*) AS count, to_timestamp(max(exp)) AS last_ends_at
-  FROM (SELECT exp FROM audit_records
-         WHERE service_user_id = $1 AND exp > extract(epoch FROM statement_timestamp())::bigint
-         ORDER BY exp DESC LIMIT $2) live
-"""
 
 SELECT_PAGE = f"""
 SELECT {SERVICE_USER_COLUMNS},
@@ -129,9 +127,9 @@ class RecordedUses:
         return Use(at=row["at"], client_address=row["client_address"])
 
     async def live_tokens(self, service_user_id: str, at_most: int) -> LiveTokenCount:
-        """Count its tokens that have not expired, up to `at_most`."""
+        """Count its tokens that have not expired and whose key was not revoked, up to `at_most`."""
         async with self._database.connection() as connection:
-            row = await connection.fetchrow(SELECT_LIVE_TOKENS, service_user_id, at_most)
+            row = await connection.fetchrow(SELECT_LIVE_TOKENS, service_user_id, None, at_most)
         assert row is not None
         return LiveTokenCount(**row)
 
@@ -139,23 +137,9 @@ class RecordedUses:
         self, wanted: ServiceUserFilter, *, after: str, limit: int, ending_within: timedelta
     ) -> Sequence[ListedServiceUser]:
         """Return service users by name, starting after the name `after`."""
-        conditions = ""
-        arguments: list[Any] = [after, limit, ending_within]
-        if wanted.prefix:
-            # No name holds a tilde, and all that it may hold stands before it.
-            arguments += [wanted.prefix, f"{wanted.prefix}~"]
-            conditions += ' AND su.name COLLATE "C" >= $4 AND su.name COLLATE "C" < $5'
-        if wanted.source_system:
-            arguments.append(wanted.source_system)
-            conditions += f" AND su.source_system = ${len(arguments)}"
-        if wanted.status is not None:
-            arguments.append(wanted.status.value)
-            conditions += f" AND su.status = ${len(arguments)}"
         async with self._database.connection() as connection:
-            # Not from the cache of statements: one plan for all values would read every name for
-            # a system or a status that few have.
-            statement = await connection.prepare(SELECT_PAGE.format(conditions=conditions))
-            rows = await statement.fetch(*arguments)
+            arguments = [after, limit, ending_within]
+            rows = await fetch_page(connection, SELECT_PAGE, arguments, wanted)
         return [
             ListedServiceUser(
                 service_user=service_user(row),

@@ -29,7 +29,7 @@ from tests.bench.bench import FULL, Pace, exchange_load, new_credential
 from tests.faults.live_authority import LiveAuthority, live_authority
 
 FEW: Final = 10_000
-MANY: Final = 1_000_000
+MANY: Final = 10_000_000
 QUERY_BAR: Final = 2.0
 EXCHANGE_BAR: Final = 0.95
 CONNECTIONS: Final = 64

@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from typing import Final
 
 import asyncpg
@@ -20,7 +20,8 @@ from rich.table import Table
 
 from service.store.embedded import find_running
 from tests.bench.audit_bench import load_records, verdict
-from tests.browser.pages import OPERATOR
+from tests.bench.bench import new_credential
+from tests.browser.pages import INTEGRATOR, OPERATOR, PUBLIC
 from tests.faults.live_authority import LiveAuthority, live_authority
 from tests.http.console_client import ConsoleClient
 
@@ -46,6 +47,11 @@ SELECT replace(id, 'su_', 'cr_'), id, 'bench', sha256(id::bytea), now(),
        now() + make_interval(days => 1 + n % 365) FROM made
 """
 ONE_OF_THEM: Final = f"su_{'a' * 23}h"
+PAGES: Final = {
+    **OPERATOR,
+    "a word that all have": "/service-users?search=bench",
+    "a word that none has": "/service-users?search=nobody",
+}
 
 
 @click.command()
@@ -64,7 +70,7 @@ def main(rounds: int, quick: bool) -> None:
         small, large = asyncio.run(_times(pair[0], pair[1], rounds))
     ratios = {
         name: statistics.median(b / a for a, b in zip(small[name], large[name], strict=True))
-        for name in OPERATOR
+        for name in small
     }
     console.print(_table(small, large, ratios, many))
     worst = max(ratios, key=lambda name: ratios[name])
@@ -87,30 +93,39 @@ async def _fill(authority: LiveAuthority, service_users: int) -> None:
 async def _times(
     small: LiveAuthority, large: LiveAuthority, rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Milliseconds of every page at both, in turns."""
-    async with (
-        httpx.AsyncClient(base_url=small.url, timeout=30) as one,
-        httpx.AsyncClient(base_url=large.url, timeout=30) as other,
+    """Milliseconds of every page at both, in turns: an operator's, an integrator's, and those of
+    who has not signed in."""
+    taken: tuple[dict[str, list[float]], dict[str, list[float]]] = ({}, {})
+    operators = [authority.operator for authority in (small, large)]
+    integrators = [
+        (credential.client_id, credential.client_secret)
+        for credential in [await new_credential(authority) for authority in (small, large)]
+    ]
+    places = [await _places(authority) for authority in (small, large)]
+    for pages, credentials in (
+        (PAGES, operators),
+        (INTEGRATOR, integrators),
+        (PUBLIC, (None, None)),
     ):
-        at_small, at_large = ConsoleClient(one, small.issuer), ConsoleClient(other, large.issuer)
-        for person, authority in ((at_small, small), (at_large, large)):
-            answer = await person.sign_in(authority.operator)
-            assert answer.status_code == 303, answer.text
-        taken: tuple[dict[str, list[float]], dict[str, list[float]]] = ({}, {})
-        turns = (
-            (at_small, taken[0], await _places(small)),
-            (at_large, taken[1], await _places(large)),
-        )
-        for name, path in OPERATOR.items():
-            for turn in range(rounds + 3):
-                for person, times, places in turns:
-                    started = time.perf_counter()
-                    answer = await person.get(path.format(**places))
-                    elapsed = 1000 * (time.perf_counter() - started)
-                    assert answer.status_code in (200, 404), answer.text
-                    if turn >= 3:  # the first ones fill the caches
-                        times.setdefault(name, []).append(elapsed)
-        return taken
+        async with AsyncExitStack() as clients:
+            people: list[ConsoleClient] = []
+            for authority, credential in zip((small, large), credentials, strict=True):
+                client = httpx.AsyncClient(base_url=authority.url, timeout=30)
+                person = ConsoleClient(await clients.enter_async_context(client), authority.issuer)
+                if credential is not None:
+                    answer = await person.sign_in(credential)
+                    assert answer.status_code == 303, answer.text
+                people.append(person)
+            for name, path in pages.items():
+                for turn in range(rounds + 3):
+                    for person, times, known in zip(people, taken, places, strict=True):
+                        started = time.perf_counter()
+                        answer = await person.get(path.format(**known))
+                        elapsed = 1000 * (time.perf_counter() - started)
+                        assert answer.status_code in (200, 404), answer.text
+                        if turn >= 3:  # the first ones fill the caches
+                            times.setdefault(name, []).append(elapsed)
+    return taken
 
 
 async def _places(authority: LiveAuthority) -> Mapping[str, str]:

@@ -1,7 +1,7 @@
 """`audit verify` beside `hashlib.sha256` alone: the same leaves, in the same run.
 
 Measures the check of a database and of an export, with as many processes as there are cores, and
-that of an archive.
+that of an archive; and what memory the command takes for each, of a log and of one as long again.
 """
 
 import asyncio
@@ -9,16 +9,20 @@ import hashlib
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
+import asyncpg
 import click
+import psutil
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from msgspec import Struct
 from rich.console import Console
 
 from keys.checkpoint import Checkpoint, NoteSigner, NoteVerifier
@@ -26,21 +30,25 @@ from service.authority.audit import RecordFilter
 from service.authority.audit.export import LogHeader, Proven
 from service.authority.audit.exported import Pinning
 from service.authority.audit.merkle import Frontier, leaf_hash
-from service.authority.audit.verify import LogCheck, LogReport, encoded
+from service.authority.audit.verify import LogCheck, LogReport, encoded, month_of
 from service.http.export import ndjson
 from service.store.archive_files import publish, staged_archive, verify_archive
 from service.store.audit_log import AuditRecords
 from service.store.audit_tree import LEAF_COLUMNS
 from service.store.audit_verify import PAGE, Job, Survey, open_reader, page, parts, survey
 from service.store.database import MIGRATING, Database, connect
-from service.store.embedded import EmbeddedPostgres, Running
+from service.store.embedded import DATABASE, OWNER, SUPERUSER, EmbeddedPostgres, Running
 from service.store.export_files import verify_export
 from service.store.migrate import migrate
 
 BAR: Final = 0.1
 ROUNDS: Final = 5
-FULL: Final = 400_000
-QUICK: Final = 100_000
+FULL: Final = (100_000, 400_000)
+"""Records of the log whose memory is compared, and of the one that is measured."""
+QUICK: Final = (70_000, 140_000)
+MEMORY_BAR: Final = 1.2
+"""What the command takes for the longer log, beside the shorter one: it reads piece by piece."""
+SAMPLE_EVERY: Final = 0.02
 
 # A day of tokens, ten a millisecond, each with what is personal. A thousand share a commit: readers
 # stop at numbers that no transaction of this server has had yet.
@@ -76,32 +84,100 @@ SELECT {LEAF_COLUMNS.replace("r.version", "1 AS v, r.version")} FROM audit_recor
 """
 
 
+class Log(Struct, frozen=True, kw_only=True):
+    """One log, in each of the forms that can be checked."""
+
+    database: Running
+    leaves: Sequence[bytes]
+    archive: Path
+    export: Path
+    verifier: NoteVerifier
+
+
 @click.command()
 @click.option("--quick", is_flag=True, help="Fewer records: shows that it runs.")
 def main(quick: bool) -> None:
-    """Measure, print, and exit with 1 if the bar is missed."""
+    """Measure, print, and exit with 1 if a bar is missed."""
     console = Console()
-    count, processes = QUICK if quick else FULL, os.cpu_count() or 1
-    met = True
+    processes = os.cpu_count() or 1
     with _postgres() as running, tempfile.TemporaryDirectory(prefix="privyseal-bench-") as to:
-        leaves = asyncio.run(_filled(running, count))
-        archive, verifier = asyncio.run(_archived(running, Path(to)))
-        export = asyncio.run(_exported(running, Path(to) / "export.ndjson"))
+        shorter, longer = (_log(running, count, Path(to)) for count in (QUICK if quick else FULL))
+        met = True
         for what, check in (
-            (f"a database, {processes} processes", lambda: _checked(running, processes)),
-            ("an archive", lambda: verify_archive(archive, verifier=verifier, outside=())),
+            (f"a database, {processes} processes", lambda: _checked(longer.database, processes)),
             (
-                f"an export, {processes} processes",
-                lambda: _checked_export(export, verifier, processes),
+                "an archive",
+                lambda: verify_archive(longer.archive, verifier=longer.verifier, outside=()),
             ),
+            (f"an export, {processes} processes", lambda: _checked_export(longer, processes)),
         ):
-            ratio = statistics.median(_ratio(console, what, leaves, check) for _ in range(ROUNDS))
+            ratio = statistics.median(
+                _ratio(console, what, longer.leaves, check) for _ in range(ROUNDS)
+            )
             met = met and ratio >= BAR
             console.print(
                 f"[bold {'green' if ratio >= BAR else 'red'}]`audit verify` of {what}: {ratio:.2f} "
                 f"of hashlib.sha256 alone; the bar is {BAR}: {'met' if ratio >= BAR else 'MISSED'}."
             )
+        both = (shorter, longer)
+        for what, peaks in (
+            ("a database", [_peak(log) for log in both]),
+            ("an archive", [_peak(log, log.archive) for log in both]),
+            ("an export", [_peak(log, log.export) for log in both]),
+        ):
+            ratio = peaks[1] / peaks[0]
+            met = met and ratio <= MEMORY_BAR
+            megabytes = ", ".join(
+                f"{peak / 1e6:,.0f} MB for {len(log.leaves):,} records"
+                for peak, log in zip(peaks, both, strict=True)
+            )
+            console.print(
+                f"[bold {'green' if ratio <= MEMORY_BAR else 'red'}]`audit verify` of {what}: "
+                f"{megabytes}: {ratio:.2f} times; the bar is {MEMORY_BAR}: "
+                f"{'met' if ratio <= MEMORY_BAR else 'MISSED'}.",
+                soft_wrap=True,
+            )
     sys.exit(not met)
+
+
+def _log(running: Running, count: int, directory: Path) -> Log:
+    directory = directory / str(count)
+    directory.mkdir()
+    database = asyncio.run(_new_database(running, f"log_{count}"))
+    leaves = asyncio.run(_filled(database, count))
+    archive, verifier = asyncio.run(_archived(database, directory))
+    export = asyncio.run(_exported(database, directory / "export.ndjson"))
+    return Log(database=database, leaves=leaves, archive=archive, export=export, verifier=verifier)
+
+
+def _peak(log: Log, *files: Path) -> int:
+    """Return the most memory that the command had at a time, with its processes: bytes."""
+    privyseal = str(Path(sys.executable).with_name("privyseal"))
+    peak = 0
+    with psutil.Popen(
+        (privyseal, "audit", "verify", "--key", log.verifier.vkey, *files),
+        env={**os.environ, "PRIVYSEAL_DATABASE_URL": log.database.service_dsn.reveal()},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as command:
+        while command.poll() is None:
+            peak = max(peak, sum(map(_resident, _with_children(command))))
+            time.sleep(SAMPLE_EVERY)
+    assert command.returncode == 0
+    return peak
+
+
+def _with_children(command: psutil.Process) -> Sequence[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return [command, *command.children(recursive=True)]
+    return []
+
+
+def _resident(process: psutil.Process) -> int:
+    with suppress(psutil.Error):  # it has ended meanwhile
+        resident: int = process.memory_info().rss
+        return resident
+    return 0
 
 
 def _ratio(
@@ -154,7 +230,8 @@ async def _archived(running: Running, directory: Path) -> tuple[Path, NoteVerifi
     connection = await open_reader(running.service_dsn)
     try:
         log = (await survey(connection)).logs[0]
-        with staged_archive(directory, log.origin, "2026-01") as writer:
+        (((_, first_id, _), _, _),) = await page(connection, log.number, 0, 1)
+        with staged_archive(directory, log.origin, month_of(first_id)) as writer:
             for at in range(0, log.size, PAGE):
                 leaves = await page(connection, log.number, at, min(at + PAGE, log.size))
                 for (index, _, digest), members, personal in leaves:
@@ -189,10 +266,10 @@ async def _exported(running: Running, path: Path) -> Path:
     return path
 
 
-def _checked_export(path: Path, verifier: NoteVerifier, processes: int) -> LogReport:
+def _checked_export(log: Log, processes: int) -> LogReport:
     (report,) = verify_export(
-        path,
-        pinning=lambda _: Pinning(verifier=verifier, outside=()),
+        log.export,
+        pinning=lambda _: Pinning(verifier=log.verifier, outside=()),
         cuts=(),
         processes=processes,
         on_progress=lambda _: None,
@@ -211,6 +288,16 @@ def _postgres() -> Generator[Running, None, None]:
     finally:
         shutil.rmtree((data_dir / "postgres").resolve(), ignore_errors=True)
         shutil.rmtree(data_dir, ignore_errors=True)
+
+
+async def _new_database(running: Running, name: str) -> Running:
+    superuser = running.with_database(SUPERUSER).superuser_dsn
+    connection = await asyncpg.connect(superuser.reveal(), timeout=10)
+    try:
+        await connection.execute(f"CREATE DATABASE {name} TEMPLATE {DATABASE} OWNER {OWNER}")
+    finally:
+        await connection.close(timeout=5)
+    return running.with_database(name)
 
 
 async def _filled(running: Running, count: int) -> list[bytes]:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.browser.conftest import Console, NewContext, SignIn
 from tests.browser.pages import INTEGRATOR, OPERATOR, PUBLIC
+from tests.browser.walks import Walker
 
 FOLDER = Path(__file__).parents[2] / "var" / "screenshots"
 LOOKS = (("light", 1280), ("dark", 1280), ("light", 320))
@@ -37,3 +38,11 @@ def test_take_a_picture_of_every_page(
         for title, path in pages.items():
             page.goto(console.url + path.format(**places), wait_until="networkidle")
             page.screenshot(path=folder / f"{title.replace(' ', '-')}.png", full_page=True)
+    walker = Walker(
+        console,
+        lambda: new_context(color_scheme=scheme, viewport={"width": width, "height": 800}),
+        sign_in,
+        f"walk-{scheme}-{width}",
+    )
+    for title, page in walker.walk():
+        page.screenshot(path=folder / f"{title.replace(' ', '-')}.png", full_page=True)

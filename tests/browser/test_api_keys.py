@@ -25,7 +25,7 @@ def open_service_user(page: Page, console: Console, name: str) -> None:
     """Find a service user as a person does."""
     page.goto(console.url)
     page.get_by_role("link", name="API keys").click()
-    page.get_by_label("Name begins with").fill(name)
+    page.get_by_label("Name, owner or contact").fill(name)
     page.get_by_role("button", name="Search").click()
     page.get_by_role("link", name=name, exact=True).click()
     expect(page.get_by_role("heading", level=1)).to_contain_text(name)

@@ -1,22 +1,23 @@
 """What holds of every page: for people who see little, who use keys alone, whose screen is small.
 
-Their list is `pages.py`, and a test holds it equal to the route table.
+Those with an address are in `pages.py`, and a test holds that equal to the route table; those that
+a form answers with are in `walks.py`.
 """
 
 from collections.abc import Callable, Generator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any, Final
+from typing import TypeAlias
 
 import pytest
-from playwright.sync_api import Page, Response
+from playwright.sync_api import Page
 
 from tests.browser.conftest import Console, NewContext, SignIn
+from tests.browser.examine import too_heavy, too_wide, violations
 from tests.browser.pages import INTEGRATOR, OPERATOR, PUBLIC
+from tests.browser.walks import Walker
 
-WIDTHS: Final = (320, 768, 1280, 1920)
-MAX_WEIGHT: Final = 100_000
-
-Open = Callable[[Page, str, str], None]
+People: TypeAlias = Callable[[str], Mapping[str, Page]]
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +39,17 @@ def axe(node_packages: Path) -> str:
     return (node_packages / "node_modules" / "axe-core" / "axe.min.js").read_text("utf-8")
 
 
-@pytest.fixture(params=["light", "dark"])
-def people(
-    request: pytest.FixtureRequest,
-    new_context: NewContext,
-    sign_in: SignIn,
-    integrator: tuple[str, str],
-) -> Mapping[str, Page]:
-    """A page each of somebody unknown, an operator and an integrator, in light and in dark."""
-    unknown, operator, own = (new_context(color_scheme=request.param).new_page() for _ in range(3))
-    sign_in(operator)
-    sign_in(own, integrator)
-    return {"unknown": unknown, "operator": operator, "integrator": own}
+@pytest.fixture
+def people(new_context: NewContext, sign_in: SignIn, integrator: tuple[str, str]) -> People:
+    """Return a page each of somebody unknown, an operator and an integrator, light or dark."""
+
+    def in_scheme(scheme: str) -> Mapping[str, Page]:
+        unknown, operator, own = (new_context(color_scheme=scheme).new_page() for _ in range(3))
+        sign_in(operator)
+        sign_in(own, integrator)
+        return {"unknown": unknown, "operator": operator, "integrator": own}
+
+    return in_scheme
 
 
 def every_page(
@@ -63,57 +63,32 @@ def every_page(
             yield name, page
 
 
-def test_axe_finds_nothing(
-    console: Console, people: Mapping[str, Page], places: Mapping[str, str], axe: str
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_page_is_for_everybody(
+    console: Console,
+    people: People,
+    new_context: NewContext,
+    sign_in: SignIn,
+    places: Mapping[str, str],
+    axe: str,
+    scheme: str,
 ) -> None:
+    walker = Walker(console, lambda: new_context(color_scheme=scheme), sign_in, f"walk-{scheme}")
     found: list[str] = []
-    for name, page in every_page(console, people, places):
-        page.evaluate(axe)
-        result: dict[str, Any] = page.evaluate("axe.run(document)")
-        found += [
-            f"{name}: {violation['id']}: {node['html'][:120]}: {node['failureSummary']}"
-            for violation in result["violations"]
-            for node in violation["nodes"]
-        ]
+    for name, page in chain(every_page(console, people(scheme), places), walker.walk()):
+        if scheme == "light":
+            complaints = violations(page, axe) + too_wide(page) + too_heavy(page)
+        else:  # other colours, and all else is the same
+            complaints = violations(page, axe, "color-contrast")
+        found += [f"{name}: {complaint}" for complaint in complaints]
     assert found == []
-
-
-def test_no_page_scrolls_sideways(
-    console: Console, people: Mapping[str, Page], places: Mapping[str, str]
-) -> None:
-    found: list[str] = []
-    for name, page in every_page(console, people, places):
-        for width in WIDTHS:
-            page.set_viewport_size({"width": width, "height": 800})
-            scrolled = page.evaluate("document.documentElement.scrollWidth")
-            if scrolled > width:
-                found.append(f"{name} at {width} px is {scrolled} px wide")
-    assert found == []
-
-
-def test_no_page_weighs_100_kb(
-    console: Console, new_context: NewContext, sign_in: SignIn, places: Mapping[str, str]
-) -> None:
-    page = new_context().new_page()
-    sign_in(page)
-    weights: dict[str, int] = {}
-    answers: list[Response] = []
-    for name, path in OPERATOR.items():
-        # Nothing of the page before is in this browser's cache.
-        fresh = new_context(storage_state=page.context.storage_state()).new_page()
-        fresh.on("response", lambda answer: answers.append(answer))
-        fresh.goto(console.url + path.format(**places), wait_until="networkidle")
-        weights[name] = sum(len(answer.body()) for answer in answers)
-        answers.clear()
-        fresh.context.close()
-    assert {name: weight for name, weight in weights.items() if weight > MAX_WEIGHT} == {}
 
 
 def test_every_control_is_reached_by_keys_and_shows_that_it_is(
-    console: Console, people: Mapping[str, Page], places: Mapping[str, str]
+    console: Console, people: People, places: Mapping[str, str]
 ) -> None:
     found: list[str] = []
-    for name, page in every_page(console, people, places):
+    for name, page in every_page(console, people("light"), places):
         page.evaluate("document.activeElement.blur()")
         expected: int = page.evaluate(
             """() => [...document.querySelectorAll('a[href], button, input, select, textarea,'

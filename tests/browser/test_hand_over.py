@@ -16,7 +16,7 @@ def make_link(console: Console, operator_page: Page, client_id: str) -> str:
     operator_page.goto(f"{console.url}/service-users/{client_id}")
     operator_page.get_by_role("link", name="Hand over by link").click()
     operator_page.get_by_label("Label").fill("branch 7")
-    operator_page.get_by_label("The credential lives for").select_option("30 days")
+    operator_page.get_by_label("30 days").check()
     operator_page.get_by_role("button", name="Make the link").click()
     return operator_page.get_by_role("region", name="Link").inner_text()
 

@@ -221,7 +221,7 @@ def test_a5_one_event_stays_one_line_of_the_log(console: Console, operator_page:
             answer = ask.post(console.url + path, form=form, headers=headers, max_redirects=0)
             assert answer.status < 500, answer.text()
         named = {"X-Request-Id": f"x{FORGED}"}
-        for path in ("/service-users?name=", "/nothing/", "/audit?resource=", "/token/names?q="):
+        for path in ("/service-users?search=", "/nothing/", "/audit?resource=", "/token/names?q="):
             answer = ask.get(console.url + path + quote(hostile), headers=named)
             assert answer.status < 500, answer.text()
     lines = log.read_bytes()[written:].decode("utf-8").splitlines()

@@ -17,6 +17,7 @@ from playwright.sync_api import BrowserContext, Page, Request, expect
 from service.console import page as pages
 from service.console.provider_sign_in import COOKIE as TRANSACTION
 from tests.browser.conftest import NewContext
+from tests.browser.examine import too_heavy, too_wide, violations
 from tests.interop.running import Authority, free_port, running_authority
 
 ANNA = {
@@ -285,31 +286,30 @@ def test_what_was_typed_survives_a_session_that_ended(
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_on_the_way(
+def test_the_pages_on_the_way_are_for_everybody(
     scheme: str, installation: Installation, new_context: NewContext, node_packages: Path
 ) -> None:
     axe = (node_packages / "node_modules" / "axe-core" / "axe.min.js").read_text("utf-8")
     installation.portal.knows("hans", preferred_username="hans")
     page = without_fonts(new_context(color_scheme=scheme)).new_page()
 
-    def violations() -> list[str]:
-        page.evaluate(axe)
-        return [found["id"] for found in page.evaluate("axe.run(document)")["violations"]]
+    def complaints() -> list[str]:
+        return violations(page, axe) + too_wide(page) + too_heavy(page)
 
     page.goto(installation.url)
-    assert violations() == []
+    assert complaints() == []
     page.goto(f"{installation.url}/sign-in/callback")
-    assert violations() == []
+    assert complaints() == []
     # It moves on by itself: kept here, so that it can be looked at.
     page.route(installation.url, lambda route: route.fulfill(status=204))
     page.get_by_role("link", name="Begin again").click()
     sign_in(page, "hans")
     expect(page.get_by_role("heading", name="You are signed in")).to_be_visible()
-    assert violations() == []
+    assert complaints() == []
     page.unroute(installation.url)
     page.get_by_role("link", name="Go on").click()
     expect(page.get_by_role("heading", name="Nothing is granted to you yet")).to_be_visible()
-    assert violations() == []
+    assert complaints() == []
 
 
 def without_fonts(context: BrowserContext) -> BrowserContext:

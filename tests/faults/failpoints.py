@@ -15,7 +15,8 @@ FILE_VARIABLE: Final = "FAULTS_FAILPOINT_FILE"
 class Failpoint(StrEnum):
     """`before` a call is nothing sent yet; `after` it is committed, and the process does not know.
 
-    Between the election and `before-prepare` the private half is made.
+    Between the election and `before-prepare` the private half is made. Where it was made it is
+    destroyed between `before-destroy` and `destroyed`, and the store does not know that yet.
     """
 
     ELECTED = "elected"
@@ -25,6 +26,8 @@ class Failpoint(StrEnum):
     AFTER_ACTIVATE = "after-activate"
     BEFORE_RETIRE = "before-retire"
     AFTER_RETIRE = "after-retire"
+    BEFORE_DESTROY = "before-destroy"
+    DESTROYED = "destroyed"
 
 
 def reach(failpoint: Failpoint) -> None:

@@ -125,7 +125,6 @@ async def _load(
 ) -> AsyncGenerator[tuple[str, Journal], None]:
     """Eight clients that exchange one credential all the time, until the block ends."""
     admin = await AdminAPI.enter(authority)
-    await asyncio.sleep(0.2)  # with P1 switched off the operator's own record comes late, too
     service_user_id = await admin.create_service_user("vkyc-kills", ["ingest:write"])
     credential = await admin.create_credential(service_user_id)
     await admin.leave()

@@ -35,6 +35,7 @@ CLIENTS_EACH: Final = 4
 ACTS: Final = 200
 TRIES: Final = 3
 TRIED_DEADLINE: Final = 15.0
+PUBLISHED_DEADLINE: Final = 15.0
 ROTATIONS: Final = 5
 KEPT: Final = frozenset({"ingest:write"})
 ALL: Final = KEPT | {"search:read"}
@@ -245,7 +246,7 @@ async def _rotated(
         _fetch_keys_for_ever(authority.port, key_sets),
     ):
         await asyncio.sleep(0.3)
-        await _rotate(authority, times=times)
+        await _rotate(authority, key_sets, times=times)
         await asyncio.sleep(0.3)
     return answers, key_sets
 
@@ -260,8 +261,10 @@ async def _fetch_keys_for_ever(port: int, key_sets: list[tuple[float, bytes]]) -
         await asyncio.sleep(0.02)
 
 
-async def _rotate(authority: LiveAuthority, *, times: int) -> None:
-    """Let pending keys sign long before their time, as an emergency would."""
+async def _rotate(
+    authority: LiveAuthority, key_sets: list[tuple[float, bytes]], *, times: int
+) -> None:
+    """Let pending keys sign long before their time, but once they are in the last of `key_sets`."""
     keks = KeyEncryptionKeys.parse((authority.data_dir / "kek").read_text("utf-8"))
     policy = RotationPolicy(
         publish_lead=0, rotation_period=30 * 86_400, lifetime_cap=3600, clock_skew=60
@@ -271,6 +274,9 @@ async def _rotate(authority: LiveAuthority, *, times: int) -> None:
         for _ in range(times):
             kids = {each.key.state: each.key.kid for each in await store.published_keys()}
             pending, active = kids[KeyState.PENDING], kids[KeyState.ACTIVE]
+            async with asyncio.timeout(PUBLISHED_DEADLINE):
+                while not key_sets or pending.encode() not in key_sets[-1][1]:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
             record = _record(Action.SIGNING_KEY_ACTIVATE, pending)
             assert await store.activate(pending, active, policy, record)
             await asyncio.sleep(random.uniform(0.2, 0.4))

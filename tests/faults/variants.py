@@ -12,6 +12,7 @@ from unittest.mock import patch
 import msgspec
 from litestar.types import ASGIApp
 
+from keys import pkcs11
 from keys.keyring import KeyRing, RotationPolicy
 from keys.signer import KeptKey, LocalCustody
 from service import app
@@ -60,6 +61,7 @@ def dying() -> ASGIApp:
     with (
         patch.object(app, "SigningKeys", _DyingSigningKeys),
         patch.object(app, "LocalCustody", _DyingCustody),
+        patch.object(pkcs11, "Pkcs11Custody", _DyingPkcs11Custody),
     ):
         return app.create_app()
 
@@ -155,6 +157,16 @@ class _DyingCustody(LocalCustody):
         return await super().new_key(bits)
 
 
+class _DyingPkcs11Custody(pkcs11.Pkcs11Custody):
+    async def new_key(self, bits: int) -> KeptKey:
+        reach(Failpoint.ELECTED)
+        return await super().new_key(bits)
+
+    async def destroy(self, uri: str) -> None:
+        reach(Failpoint.BEFORE_DESTROY)
+        await super().destroy(uri)
+
+
 class _DyingSigningKeys(SigningKeys):
     async def prepare(self, key: KeptKey, record: AuditRecord) -> bool:
         reach(Failpoint.BEFORE_PREPARE)
@@ -175,6 +187,10 @@ class _DyingSigningKeys(SigningKeys):
         taken = await super().retire(kid, record)
         reach(Failpoint.AFTER_RETIRE)
         return taken
+
+    async def destroyed(self, kid: str, record: AuditRecord) -> bool:
+        reach(Failpoint.DESTROYED)
+        return await super().destroyed(kid, record)
 
 
 class _UncorrectedClock(DatabaseClock):

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from litestar.types import ASGIApp
 
+from keys.attestation import attest
 from keys.envelope import KeyEncryptionKeys, new_kek_line
 from keys.signer import LOCAL, KeptKey
 from keys.verifier import thumbprint
@@ -301,6 +302,7 @@ def _sealed(key: RSAPrivateKey, keks: KeyEncryptionKeys) -> KeptKey:
         uri=LOCAL,
         public_key=key.public_key(),
         sealed_private=keks.seal(der, purpose="signing-key", kid=kid),
+        attestation=attest(kid, keks),
     )
 
 

@@ -15,6 +15,18 @@ import httpx
 import jwt
 import pytest
 
+from service.authority.model import (
+    ACTION,
+    AUDIENCE,
+    CREDENTIAL_ID,
+    EXPECTED,
+    KID,
+    NAME,
+    SCOPE,
+    SERVICE_USER,
+    SERVICE_USER_ID,
+    SOURCE_SYSTEM,
+)
 from service.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -211,12 +223,45 @@ async def test_a_body_that_is_not_one_clear_json_object_is_refused(
         assert answer.status_code == 201
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "pattern"),
+    [
+        ("name", "Big", NAME),
+        ("source_system", "Big", SOURCE_SYSTEM),
+        ("scopes", ["BAD"], f"^{SCOPE}$"),
+        ("audiences", ["nonsense"], AUDIENCE),
+    ],
+)
+async def test_what_has_not_the_form_of_a_field_is_told_in_words_and_no_pattern(
+    operator: httpx.AsyncClient, field: str, value: object, pattern: str
+) -> None:
+    answer = await operator.post(USERS, json={"name": "a", "source_system": "a", field: value})
+    assert answer.status_code == 422
+    assert problem(answer)["errors"][0]["detail"].endswith(f": {EXPECTED[pattern]}")
+
+
+async def test_what_has_not_the_form_of_a_parameter_is_told_in_words(
+    operator: httpx.AsyncClient,
+) -> None:
+    for path, pattern in (
+        (f"{USERS}?name=Big", NAME),
+        (f"{USERS}/su_1", SERVICE_USER_ID),
+        ("/api/v1/audit-records?service_user=VKYC", SERVICE_USER),
+        ("/api/v1/audit-records?action=issue", ACTION),
+        ("/api/v1/audit-records?credential=cr_1", CREDENTIAL_ID),
+        ("/api/v1/audit-records?kid=short", KID),
+    ):
+        answer = await operator.get(path)
+        assert answer.status_code == 422
+        assert problem(answer)["detail"].endswith(f": {EXPECTED[pattern]}")
+
+
 async def test_a_name_that_is_taken_is_a_conflict(
     operator: httpx.AsyncClient, vkyc: Credential, records: Records
 ) -> None:
     answer = await operator.post(USERS, json={"name": "vkyc-prod", "source_system": "other"})
     assert answer.status_code == 409
-    assert problem(answer)["detail"] == "This name is taken."
+    assert problem(answer)["errors"] == [{"pointer": "/name", "detail": "This name is taken."}]
     other = await operator.post(USERS, json={"name": "other", "source_system": "other"})
     answer = await operator.patch(
         other.headers["location"], json={"name": "vkyc-prod"}, headers={"If-Match": '"1"'}
@@ -456,7 +501,8 @@ async def test_the_end_of_a_credential_lies_between_now_and_five_years(
         "",
     ]
     for ends in good:
-        answer = await operator.post(url, json={"label": "l", "expires_at": ends.isoformat()})
+        new = {"label": str(ends), "expires_at": ends.isoformat()}
+        answer = await operator.post(url, json=new)
         assert answer.status_code == 201, ends
         assert at(answer.json()["expires_at"]) == ends
     for ends in bad:
@@ -486,11 +532,30 @@ async def test_there_are_at_most_ten_live_credentials(
     assert (await operator.post(url, json={"label": "11"})).status_code == 201
     raced = await asyncio.gather(
         operator.post(f"{url}/{made[1].json()['id']}/revoke"),
-        *(operator.post(url, json={"label": "raced"}) for _ in range(4)),
+        *(operator.post(url, json={"label": f"raced {number}"}) for number in range(4)),
     )
     assert sum(answer.status_code == 201 for answer in raced) <= 1
     states = [each["state"] for each in (await operator.get(url)).json()["credentials"]]
     assert states.count("live") <= 10
+
+
+async def test_two_live_credentials_of_one_service_user_have_two_labels(
+    operator: httpx.AsyncClient, vkyc: Credential, records: Records
+) -> None:
+    user = f"{USERS}/{vkyc[0]}"
+    (held,) = (await operator.get(f"{user}/credentials")).json()["credentials"]
+    label = f" {held['label']}  "
+    for path in ("credentials", "hand-overs"):
+        answer = await operator.post(f"{user}/{path}", json={"label": label})
+        assert answer.status_code == 409
+        assert "has a live credential with the label" in problem(answer)["detail"]
+    refused = await records(2, outcome="refused", reason="conflict")
+    assert {each["action"] for each in refused} == {"credential.create", "credential.hand_over"}
+    assert (await operator.post(f"{user}/credentials/{held['id']}/revoke")).status_code == 200
+    first, second = await asyncio.gather(
+        *(operator.post(f"{user}/credentials", json={"label": held["label"]}) for _ in range(2))
+    )
+    assert sorted((first.status_code, second.status_code)) == [201, 409]
 
 
 async def test_a_revoked_credential_gets_no_token_and_may_be_revoked_again(
@@ -580,7 +645,7 @@ async def test_service_users_are_listed_by_name_page_by_page_and_filtered(
 ) -> None:
     for number in range(7):
         system = "even" if number % 2 == 0 else "odd"
-        body = {"name": f"user-{number}", "source_system": system}
+        body = {"name": f"user-{number}", "source_system": system, "owner": f"Team {system}"}
         created = await operator.post(USERS, json=body)
         if number >= 5:
             await operator.post(f"{created.headers['location']}/disable")
@@ -606,6 +671,11 @@ async def test_service_users_are_listed_by_name_page_by_page_and_filtered(
         ["user-0", "user-2", "user-4"]
     ]
     assert await pages(50, source_system="none") == [[]]
+    assert await pages(2, search="user") == [names[1:3], names[3:5], names[5:7], names[7:]]
+    assert await pages(2, search="TE od") == [["user-1", "user-3"], ["user-5"]]
+    assert await pages(50, search="team 5", status="disabled") == [["user-5"]]
+    for nothing in ("ser", "-", "' OR true --", ":*&|!()", " "):
+        assert await pages(50, search=nothing) == [[]]
 
 
 BAD_QUERIES: dict[str, int] = {
@@ -617,6 +687,8 @@ BAD_QUERIES: dict[str, int] = {
     f"{USERS}?limit=1&limit=2": 400,
     f"{USERS}?cursor=A": 422,
     f"{USERS}?cursor=%00": 400,
+    f"{USERS}?search=": 422,
+    f"{USERS}?search={'x' * 301}": 422,
     f"{USERS}?status=ACTIVE": 422,
     f"{USERS}?source_system='--": 422,
     f"{USERS}?sort=name": 400,

@@ -373,13 +373,21 @@ async def test_a7_disabling_and_revoking_need_only_write(
 
 
 async def test_a7_a_minted_token_never_opens_the_admin_api(
-    operator: httpx.AsyncClient, enrol: Enrol, settings: Settings, connect_client: Any
+    operator: httpx.AsyncClient,
+    enrol: Enrol,
+    settings: Settings,
+    connect_client: Any,
+    records: Records,
 ) -> None:
     bare, _ = await enrol("bare", audiences=[settings.api_audience])
     minted = await operator.post(f"{USERS}/{bare}/tokens", json={})
     assert minted.status_code == 201
     caller = connect_client(Authorization=f"Bearer {minted.json()['access_token']}")
     assert (await caller.get(f"{USERS}/me")).status_code == 401
+    # It was issued, so nobody forged it.
+    (refused,) = await records(reason="invalid_token", action="service_user.read")
+    assert refused["actor"] is None
+    await records(0, action="token.forged")
 
 
 async def _last_holder(
@@ -463,6 +471,7 @@ async def test_a8_a_token_signed_with_the_stolen_key_opens_no_door(
     connect_client: Callable[..., httpx.AsyncClient],
     place: Place,
     records: Records,
+    sql: SQL,
 ) -> None:
     kid, key = stolen_key
 
@@ -494,8 +503,12 @@ async def test_a8_a_token_signed_with_the_stolen_key_opens_no_door(
             answer = await knock(caller, method, path, place)
             assert answer.status_code == 401, (name, method, path)
             assert "no record of it" in answer.json()["detail"], name
-    logged = await records(len(forged), action="audit.query", outcome="refused")
-    assert {record["reason"] for record in logged} == {"invalid_token"}
+    logged = await sql(
+        "SELECT DISTINCT kid, reason FROM audit_records WHERE action = 'token.forged'"
+    )
+    reasons = {"never_issued", "differs_from_its_record"}
+    assert {tuple(row) for row in logged} == {(kid, reason) for reason in reasons}
+    await records(0, outcome="refused", reason="invalid_token")
     assert (await knock(operator, "GET", "/audit-records", place)).status_code == 200
 
 

@@ -159,7 +159,11 @@ def test_a_tail_waits_for_an_authority_that_is_away_and_for_a_fresh_token(tmp_pa
 
     wait_for(300)
     server.go_away()
-    time.sleep(1.5)
+    said = ""
+    while "Waiting for it." not in said:
+        line = tail.stderr.readline()
+        assert line, said
+        said += line
     back = StandIn(server.server_port)
     back.visible = 600
     back.tokens = 1
@@ -167,7 +171,7 @@ def test_a_tail_waits_for_an_authority_that_is_away_and_for_a_fresh_token(tmp_pa
     back.dead, back.visible = back.tokens, 700
     wait_for(700)
     tail.send_signal(signal.SIGTERM)
-    _, said = tail.communicate(timeout=WITHIN)
+    said += tail.communicate(timeout=WITHIN)[1]
     back.go_away()
     assert tail.returncode == 0
     assert said.count("Waiting for it.") == 1

@@ -25,10 +25,14 @@ from keys.envelope import KeyEncryptionKeys
 from keys.signer import LOCAL, KeptKey, unseal
 from keys.token import Claims, unsigned_token
 from keys.verifier.strict import base64url_encode
+from service.app import Authority
 from service.authority.audit import Action, new_record_id
 from service.authority.audit.claims import MAX_CLAIMS
+from service.authority.audit.reading import MAX_ALARMS
+from service.console.page import COOKIE
 from service.settings import LOCAL_AUDIENCE, Settings
 from service.store.embedded import Running
+from tests.http.console_client import ConsoleClient
 
 pytestmark = pytest.mark.anyio
 
@@ -501,6 +505,15 @@ async def metric(client: httpx.AsyncClient, name: str) -> float:
     return float(found[1])
 
 
+async def alerted(client: httpx.AsyncClient, alert: str) -> None:
+    """Return once an answer of the admin API brings the alert."""
+    async with asyncio.timeout(8):
+        while (  # noqa: ASYNC110
+            await client.get("/api/v1/service-users/me")
+        ).headers.get("privyseal-alert") != alert:
+            await asyncio.sleep(0.2)
+
+
 async def test_a_token_with_an_invented_jti_is_forged_once_its_signature_came(
     reporter: httpx.AsyncClient,
     operator: httpx.AsyncClient,
@@ -555,6 +568,132 @@ async def test_a_forged_token_that_borrows_the_jti_of_a_token_for_others_is_noti
     assert record["service_user"] == "operator"
 
 
+# Forged tokens that come to the authority itself
+
+THIEF = {"User-Agent": "thief/1"}
+
+
+async def test_a_forged_token_that_comes_to_the_api_is_noticed_at_once(
+    client: httpx.AsyncClient,
+    operator: httpx.AsyncClient,
+    records: Records,
+    forge: Forge,
+    settings: Settings,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = await metric(client, "privyseal_forged_tokens_total")
+    borrowed = claims_of(bearer(operator))
+    forged = {
+        "never_issued": forge(aud=settings.api_audience, scope="audit:read"),
+        "differs_from_its_record": forge(**{**borrowed, "exp": borrowed["exp"] + 1}),
+    }
+    for token in forged.values():
+        headers = {"Authorization": f"Bearer {token}", **THIEF}
+        answer = await client.get("/api/v1/audit-records", headers=headers)
+        assert answer.status_code == 401
+        assert 'error="invalid_token"' in answer.headers["www-authenticate"]
+    noticed = {record["reason"]: record for record in await records(2, action="token.forged")}
+    for reason, token in forged.items():
+        record = noticed[reason]
+        assert record["kid"] == jwt.get_unverified_header(token)["kid"]
+        assert record["jti"] == claims_of(token)["jti"]
+        signing_input = token.rpartition(".")[0].encode()
+        assert record["signing_input_sha256"] == hashlib.sha256(signing_input).hexdigest()
+        assert (record["outcome"], record["actor"]) == ("refused", None)
+        assert record["details"] == {"action": "audit.query"}
+        assert (record["client_address"], record["user_agent"]) == ("127.0.0.1", "thief/1")
+    assert noticed["never_issued"]["service_user"] is None
+    assert noticed["differs_from_its_record"]["service_user"] == "operator"
+    await records(0, action="audit.query", outcome="refused")
+    assert await metric(client, "privyseal_forged_tokens_total") == before + 2
+    assert "token_forged" in capsys.readouterr().out
+    await alerted(operator, "token.forged 2")
+
+
+async def test_a_forged_session_is_noticed_wherever_the_console_is_asked(
+    client: httpx.AsyncClient,
+    records: Records,
+    forge: Forge,
+    settings: Settings,
+    operator_at_console: ConsoleClient,
+) -> None:
+    tried = {
+        ("GET", "/console"): "service_user.read",
+        ("GET", "/console/service-users"): "service_user.list",
+        ("GET", "/console/sign-in"): None,
+        ("GET", "/console/no/such/page"): None,
+        ("POST", "/console/service-users/new"): "service_user.create",
+        ("POST", "/console/sign-in/resume"): "token.issue",
+    }
+    for method, path in tried:
+        token = forge(aud=settings.console_audience, sid="s" * 22, auth_time=int(time.time()))
+        headers = {"Cookie": f"{COOKIE}={token}", "Origin": settings.issuer, **THIEF}
+        form = {"csrf": ""} if method == "POST" else None
+        answer = await client.request(method, path, headers=headers, data=form)
+        assert answer.status_code == (401 if method == "POST" else 200 if "in" in path else 303)
+    noticed = await records(len(tried), action="token.forged", outcome="refused")
+    assert sorted(str(record["details"].get("action")) for record in noticed) == sorted(
+        map(str, tried.values())
+    )
+    assert {record["user_agent"] for record in noticed} == {"thief/1"}
+    alarms = (await operator_at_console.get("/audit")).text
+    assert alarms.count("presented to this authority, used from") == MAX_ALARMS
+    async with asyncio.timeout(8):
+        while "A signing key leaked." not in (await operator_at_console.get("/")).text:  # noqa: ASYNC110
+            await asyncio.sleep(0.2)
+
+
+async def test_a_flood_of_forged_tokens_is_counted_like_claims(
+    client: httpx.AsyncClient, records: Records, forge: Forge, settings: Settings
+) -> None:
+    before = await metric(client, "privyseal_forged_tokens_total")
+    for _ in range(MAX_CLAIMS + 20):
+        headers = {"Authorization": f"Bearer {forge(aud=settings.api_audience)}"}
+        assert (await client.get("/api/v1/service-users", headers=headers)).status_code == 401
+    noticed = await records(MAX_CLAIMS, action="token.forged")
+    assert len({record["jti"] for record in noticed}) == MAX_CLAIMS
+    counted = await metric(client, "privyseal_forged_tokens_total") - before
+    assert counted == MAX_CLAIMS + 20
+
+
+async def test_a_live_token_is_judged_by_its_own_age_and_not_by_that_of_its_key(
+    reporter: httpx.AsyncClient,
+    client: httpx.AsyncClient,
+    records: Records,
+    forge: Forge,
+    settings: Settings,
+    sql: SQL,
+) -> None:
+    # A month is archived seven days after its end: the record of a live token is always here.
+    await sql("UPDATE signing_keys SET activated_at = now() - interval '70 days'")
+    token = forge(aud=settings.api_audience)
+    assert await report(reporter, call(token, signature=signature_of(token))) == ["recorded"]
+    await records(1, action="token.unverifiable")
+    headers = {"Authorization": f"Bearer {token}"}
+    assert (await client.get("/api/v1/service-users", headers=headers)).status_code == 401
+    (record,) = await records(1, action="token.forged")
+    assert record["jti"] == claims_of(token)["jti"]
+
+
+async def test_while_records_may_be_missing_no_token_is_called_forged(
+    client: httpx.AsyncClient,
+    authority: Authority,
+    records: Records,
+    forge: Forge,
+    settings: Settings,
+    sql: SQL,
+) -> None:
+    async with asyncio.timeout(10):
+        while not await sql("DELETE FROM audit_checkpoints RETURNING size"):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        while authority.continuity.broken is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    headers = {"Authorization": f"Bearer {forge(aud=settings.api_audience)}"}
+    assert (await client.get("/api/v1/service-users", headers=headers)).status_code == 401
+    await records(1, action="service_user.list", outcome="refused", reason="invalid_token")
+    await records(0, action="token.forged")
+
+
 async def test_every_operator_is_told_of_forged_tokens_and_who_only_reports_is_not(
     reporter: httpx.AsyncClient,
     operator: httpx.AsyncClient,
@@ -567,12 +706,7 @@ async def test_every_operator_is_told_of_forged_tokens_and_who_only_reports_is_n
         event = call(forged, signature=signature_of(forged))
         assert await report(reporter, event) == ["recorded"]
     minter = await sign_in(await enrol_operator("minter", "tokens:mint"))
-    async with asyncio.timeout(8):
-        while (answer := await minter.get("/api/v1/service-users/me")).headers.get(  # noqa: ASYNC110
-            "privyseal-alert"
-        ) is None:
-            await asyncio.sleep(0.2)
-    assert answer.headers["privyseal-alert"] == "token.forged 2"
+    await alerted(minter, "token.forged 2")
     refused = await minter.get("/api/v1/service-users")
     assert (refused.status_code, refused.headers["privyseal-alert"]) == (403, "token.forged 2")
     answer = await reporter.get("/api/v1/service-users/me")

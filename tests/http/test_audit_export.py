@@ -129,7 +129,10 @@ async def calls(
 
 def written(lines: Lines) -> bytes:
     """Write lines as they are exported: without white space."""
-    return b"".join(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines)
+    return b"".join(
+        json.dumps(line, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+        for line in lines
+    )
 
 
 async def export(operator: httpx.AsyncClient, **query: Any) -> bytes:

@@ -113,6 +113,8 @@ async def test_every_filter_of_the_api_finds_what_it_names(
         ({"kid": issued["kid"], "service_user": "vkyc-prod"}, [issued]),
         ({"client_address": "127.0.0.1", "reason": "wrong_secret"}, [refused]),
         ({"client_address": "192.0.2.1"}, []),
+        ({"user_agent": refused["user_agent"][:6], "reason": "wrong_secret"}, [refused]),
+        ({"user_agent": refused["user_agent"][1:]}, []),
         ({"request_id": refused["request_id"]}, [refused]),
         ({"department": "retail"}, []),
         ({"resource": "kyc/"}, []),
@@ -278,7 +280,7 @@ async def test_exports_leave_room_for_everything_else(
         )
         assert granted.status_code == 200
         streams[0][1].transport.abort()
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(5):
             while (await client.get(EXPORT, params=NOTHING)).status_code == 429:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 

@@ -304,7 +304,7 @@ async def test_j8_what_is_larger_than_8_kib_is_refused_at_once(
     huge = {"Authorization": "Bearer " + "a" * 10_000_000}
     started = time.perf_counter()
     assert (await client.get(ME, headers=huge)).status_code == 401
-    assert time.perf_counter() - started < 0.5
+    assert time.perf_counter() - started < 2
 
 
 async def test_j9_times_are_whole_seconds_within_the_cap_and_the_skew(

@@ -6,6 +6,8 @@ real one.
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,6 +29,7 @@ CLIENT_SECRET = "pvs_" + "S3cr3t" * 8 + "x"
 PRIVYSEAL = (sys.executable, "-c", "from service.cli import main; main(prog_name='privyseal')")
 SERVER_PARTS = ("litestar", "asyncpg", "cryptography", "prometheus_client", "service.authority")
 KID = "k" * 43
+DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 Answer: TypeAlias = tuple[int, dict[str, Any], dict[str, str]]
@@ -64,6 +67,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self._answer()
+
+    def do_PATCH(self) -> None:
+        self.do_POST()
 
     def _answer(self) -> None:
         self.stand_in.seen.append(f"{self.command} {self.path}")
@@ -135,6 +141,8 @@ def privyseal(*arguments: str, url: str = "http://127.0.0.1:1", **variables: str
             ("credentials", "create", "x", "--label", "l", "--expires", "2027-01-31T12:00:00"),
             "with its offset",
         ),
+        (("key", "list"), "No such command 'key'. Did you mean 'keys'"),
+        (("service-user", "list"), "Did you mean 'service-users'?"),
         (("audit", "list", "--limit", "0"), "--limit"),
         (("audit", "list", "--jti", "autumn"), "not a valid UUID"),
         (("audit", "list", "--credential", "autumn"), "no credential id"),
@@ -259,6 +267,79 @@ def test_a_kid_may_begin_with_a_dash(stand_in: StandIn, kid: str) -> None:
     stand_in.api_answers = [(404, {"detail": "No such key."}, {})]
     privyseal("keys", "revoke", kid, "--reason", "leaked", "--yes", url=stand_in.url)
     assert stand_in.seen[-1] == f"POST /api/v1/signing-keys/{kid}/revoke"
+
+
+def test_whoever_takes_a_name_that_is_taken_is_told_how_to_see_whose(stand_in: StandIn) -> None:
+    taken = {"detail": "T.", "errors": [{"pointer": "/name", "detail": "T."}]}
+    create = ("service-users", "create", "--name", "vkyc", "--source-system", "vkyc")
+    stand_in.api_answers = [(409, taken, {})]
+    done = privyseal(*create, url=stand_in.url)
+    assert done.stderr == "Error: T. `privyseal service-users show vkyc` shows whose it is.\n"
+    stand_in.api_answers = [(200, {"version": 1}, {}), (409, taken, {})]
+    done = privyseal("service-users", "change", CLIENT_ID, "--name", "vkyc", url=stand_in.url)
+    assert done.stderr == "Error: T. `privyseal service-users show vkyc` shows whose it is.\n"
+
+
+def test_verifiers_that_lack_the_next_key_are_no_alarm_while_they_have_time(
+    stand_in: StandIn,
+) -> None:
+    lacking = {
+        "service_user": "ingest",
+        "instance": "hVx3q0Zr",
+        "last_heard_at": "2026-11-28T11:50:00Z",
+        "has_loaded": False,
+        "missing_since": None,
+    }
+    following = KEY | {"state": "pending", "verifiers": [lacking]}
+    stand_in.api_answers = [(200, {"signing_keys": [following]}, {})]
+    done = privyseal("keys", "list", url=stand_in.url)
+    said = " ".join(done.stderr.split())
+    assert "Not loaded the next key yet: 1; of these have not reported since" in said
+    assert "no report since it was published" in done.stdout
+    rotation = {
+        "signing_kid": KID,
+        "next_kid": KID,
+        "may_sign_from": "2026-11-29T11:49:00Z",
+        "asked_before_at": None,
+        "missing": [lacking],
+    }
+    stand_in.api_answers = [(200, rotation, {})]
+    done = privyseal("keys", "rotate", "--reason", "a test", url=stand_in.url)
+    assert "They have until 2026-11-29 11:49:00Z to fetch it" in " ".join(done.stderr.split())
+
+
+def test_a_column_that_says_nothing_of_any_credential_is_left_out(stand_in: StandIn) -> None:
+    credential = {"id": "cr_1", "label": "ci", "state": "live", "held_at": None}
+    stand_in.api_answers = [(200, {"credentials": [credential]}, {})]
+    list_ = ("credentials", "list", CLIENT_ID)
+    shown = privyseal(*list_, url=stand_in.url).stdout
+    assert shown.split("\n")[0].split()[-2:] == ["created_at", "expires_at"]
+    held = credential | {"held_at": "2026-11-28T11:50:00Z"}
+    stand_in.api_answers = [(200, {"credentials": [credential, held]}, {})]
+    shown = privyseal(*list_, url=stand_in.url).stdout
+    assert shown.split("\n")[0].split()[-1] == "held_at"
+
+
+def test_the_beginning_of_two_kids_names_neither(stand_in: StandIn) -> None:
+    keys = [KEY | {"kid": "a" * 12 + letter * 31} for letter in "bc"]
+    stand_in.api_answers = [(200, {"signing_keys": keys}, {})]
+    for command in (("show",), ("revoke", "--reason", "leaked", "--yes")):
+        done = privyseal("keys", *command, "a" * 12, url=stand_in.url)
+        assert done.exit_code == 1
+        assert "Give more of it." in done.stderr
+    assert not [seen for seen in stand_in.seen if "revoke" in seen]
+    assert privyseal("keys", "show", "a" * 12 + "b", url=stand_in.url).exit_code == 0
+
+
+def test_the_commands_that_the_alerts_name_are_whole() -> None:
+    rules = " ".join((DEPLOY / "prometheus" / "alerts.yaml").read_text().split())
+    commands = set(re.findall("`privyseal ([^`]*)`", rules))
+    assert any(command.startswith("keys revoke KID") for command in commands)
+    for command in commands:
+        typed = shlex.split(command.replace("KID", KID).replace("…", "leaked"))
+        done = privyseal(*typed, *(["--yes"] if "revoke" in typed else []))
+        assert "Usage:" not in done.stderr, done.stderr
+        assert done.exit_code == 1, "nobody answers there"
 
 
 def test_a_revocation_whose_live_tokens_were_not_counted_is_done_all_the_same(
@@ -436,7 +517,7 @@ def test_that_a_key_leaked_is_told_once_and_not_where_programs_read(stand_in: St
     done = privyseal("service-users", "list", "--json", url=stand_in.url)
     assert done.exit_code == 0, done.output
     assert len(json.loads(done.stdout)) == 201
-    assert done.stderr.count("ALERT: 2 forged tokens were reported in the last 7 days") == 1
+    assert done.stderr.count("ALERT: 2 forged tokens were noticed in the last 7 days") == 1
 
 
 def test_an_alert_that_is_none_of_ours_is_not_shown(stand_in: StandIn) -> None:

@@ -206,6 +206,7 @@ async def test_every_filter_of_the_log_is_one_of_the_console_and_finds_what_the_
         "jti": jti_of(token),
         "kid": called["kid"],
         "client_address": "192.0.2.7",
+        "user_agent": "vkyc/",
         "department": "retail",
         "resource": "documents/",
         "since": called["recorded_at"],
@@ -242,6 +243,7 @@ async def test_every_filter_of_the_log_is_one_of_the_console_and_finds_what_the_
         ("credential", "cr_1", "Expected the id of a credential"),
         ("resource", "a\x00b", "one line"),
         ("resource", "x" * 301, "Expected up to 300 characters"),
+        ("user_agent", "x" * 201, "Expected up to 200 characters"),
     ],
 )
 async def test_a_filter_that_cannot_be_is_told_beside_its_field_and_stays_there(
@@ -289,6 +291,16 @@ async def test_times_are_in_utc_or_back_from_now(
     }
     answer = await operator_at_console.get(f"/audit?{urlencode(query)}")
     assert (rows(answer) == [record["id"]]) is found
+
+
+async def test_who_finds_nothing_is_told_of_an_action_that_is_none_of_ours(
+    operator_at_console: ConsoleClient,
+) -> None:
+    ours = words(await operator_at_console.get("/audit?action=signing_key.revoke_all"))
+    assert "No record meets this filter" in ours
+    assert "own actions" not in ours
+    other = words(await operator_at_console.get("/audit?action=token.isue"))
+    assert "token.isue is none of Privyseal's own actions" in other
 
 
 @pytest.mark.parametrize(
@@ -343,7 +355,7 @@ async def test_the_largest_page_that_others_can_fill_stays_under_100_kilobytes(
     assert weight < 100_000
 
 
-async def test_tokens_that_were_never_issued_stand_on_top_with_their_keys_and_what_to_do(
+async def test_tokens_that_are_on_no_record_stand_on_top_with_their_keys_and_what_to_do(
     operator_at_console: ConsoleClient,
     integrator: ConsoleClient,
     report: Report,
@@ -353,26 +365,32 @@ async def test_tokens_that_were_never_issued_stand_on_top_with_their_keys_and_wh
     settings: Settings,
     sql: SQL,
 ) -> None:
-    assert "never issued here" not in words(await operator_at_console.get("/audit"))
+    assert "on no record, in the last 7 days" not in words(await operator_at_console.get("/audit"))
     leaked, foreign = (forged(key, settings) for key in (rsa_keys[0], rsa_keys[3]))
     await report(leaked)
     await report(foreign)
     (alarm,) = await records(action="token.forged")
     (claim,) = await records(action="token.unknown")
+    await sql("UPDATE signing_keys SET activated_at = activated_at - interval '3 months'")
+    await report(forged(rsa_keys[0], settings))
+    (doubt,) = await records(action="token.unverifiable")
+    listed = (await operator_at_console.get("/audit")).text
     answer = await operator_at_console.get("/audit?action=token.mint")
     assert rows(answer) == []
     said = words(answer)
     assert "Forged: a signing key is in other hands" in said
     assert "Revoke the key" in said
-    for record in (alarm, claim):
+    assert "Unverifiable: only the archives can tell" in said
+    for record in (alarm, claim, doubt):
+        assert f'id="r-{record["id"]}" class="alarm"' in listed
         assert f"key {record['kid']}" in said
         assert f'href="/console/audit/records/{record["id"]}"' in answer.text
     assert "signing key is in other hands" in words(
         await operator_at_console.get(f"/audit/records/{alarm['id']}")
     )
-    assert "never issued here" not in words(await integrator.get("/audit"))
+    assert "on no record, in the last 7 days" not in words(await integrator.get("/audit"))
     await sql("UPDATE audit_records SET recorded_at = recorded_at - interval '7 days'")
-    assert "never issued here" not in words(await operator_at_console.get("/audit"))
+    assert "on no record, in the last 7 days" not in words(await operator_at_console.get("/audit"))
 
 
 # One record
@@ -648,6 +666,11 @@ async def test_an_integrator_sees_which_operator_acted_and_not_from_where(
     )
     (own,) = await records(action="token.issue", service_user="vkyc-prod")
     assert own["client_address"] in words(await integrator.get(f"/audit/records/{own['id']}"))
+    # Nor does a filter tell.
+    everything = rows(await integrator.get("/audit"))
+    assert record["id"] in everything
+    for tried in ("user_agent=d", "user_agent=x", "client_address=192.0.2.1"):
+        assert rows(await integrator.get(f"/audit?{tried}")) == everything
 
 
 async def test_no_parameter_leads_an_integrator_to_the_record_of_another(
@@ -675,6 +698,7 @@ async def test_no_parameter_leads_an_integrator_to_the_record_of_another(
         "jti": [jti_of(others), called["id"]],
         "kid": [called["kid"]],
         "client_address": ["192.0.2.99"],
+        "user_agent": ["vkyc/"],
         "department": ["claims"],
         "resource": ["secret/"],
         "since": ["7d"],

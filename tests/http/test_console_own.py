@@ -2,6 +2,7 @@
 
 import html
 import re
+import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeAlias
@@ -12,6 +13,7 @@ import pytest
 from litestar.routes import HTTPRoute
 
 from service.app import Authority
+from service.authority.audit import Action, AuditRecord, Outcome, new_record_id
 from service.console.gate import PUBLIC
 from service.settings import Settings
 from tests.http.console_client import ConsoleClient
@@ -122,6 +124,31 @@ async def test_an_integrator_comes_home_to_itself(
         "UPDATE credentials SET expires_at = now() + '10 days' WHERE service_user_id = $1", vkyc[0]
     )
     assert "first ends in 10 days" in text_of(await integrator.get("/"))
+
+
+async def test_a_service_that_only_reports_is_no_operator(
+    at_console: Callable[[Credential], Awaitable[ConsoleClient]],
+    enrol_operator: Enrol,
+    authority: Authority,
+) -> None:
+    forged = AuditRecord(
+        id=new_record_id(time.time()), action=Action.TOKEN_FORGED, outcome=Outcome.SUCCESS
+    )
+    assert await authority.audit.append(forged)
+    reporter = await at_console(await enrol_operator("ingest", "audit:report"))
+    home = (await reporter.get("/")).text
+    assert "<h1>ingest</h1>" in home
+    assert "A signing key leaked." not in home
+    assert re.findall('<li><a href="([^"]+)"', home) == [
+        "/console",
+        "/console/me",
+        "/console/audit",
+    ]
+    # Tokens of whoever holds a scope of the admin API are not made by hand.
+    assert "/console/token" not in home
+    assert "Rotate" in (await reporter.get("/me")).text
+    for path in ("/service-users", "/signing-keys", "/audit/records/" + str(forged.id)):
+        assert (await reporter.get(path)).status_code in (403, 404), path
 
 
 async def test_an_integrator_sees_its_own_credentials_and_facts(
@@ -252,6 +279,29 @@ async def test_a_label_is_asked_for(integrator: ConsoleClient, sql: SQL) -> None
         assert answer.status_code == 422
         assert "Expected 1 to 100 characters." in text_of(answer)
     assert await sql("SELECT FROM credentials WHERE succeeds IS NOT NULL") == []
+
+
+async def test_a_successor_may_have_the_label_of_what_it_succeeds_and_of_nothing_else(
+    integrator: ConsoleClient,
+    at_console: Callable[[Credential], Awaitable[ConsoleClient]],
+    operator_credential: Credential,
+    operator: httpx.AsyncClient,
+    vkyc: Credential,
+) -> None:
+    api = f"{USERS}/{vkyc[0]}/credentials"
+    assert (await operator.post(api, json={"label": "beside"})).status_code == 201
+    refused = await integrator.post("/me/rotate", {"label": "beside"})
+    assert refused.status_code == 409
+    assert 'aria-invalid="true"' in refused.text
+    assert "has a live credential with the label “beside”" in text_of(refused)
+    # A job that rotates says the same each time.
+    assert (await integrator.post("/me/rotate", {"label": "first"})).status_code == 200
+    old = (await operator.get(api)).json()["credentials"][-1]
+    operator_at_console = await at_console(operator_credential)
+    revoke = f"/service-users/{vkyc[0]}/credentials/{old['id']}/revoke"
+    assert f"Its id ends in {old['id'][-6:]}" in text_of(await operator_at_console.get(revoke))
+    assert (await operator_at_console.post(revoke, {"label": "first"})).status_code == 422
+    assert (await operator_at_console.post(revoke, {"label": old["id"][-6:]})).status_code == 303
 
 
 # The same at the admin API

@@ -686,7 +686,9 @@ async def test_the_page_of_a_person_offers_nothing_that_a_person_cannot_have(
         assert f"{path}{way}" not in page
     for way in ("/console/token?", "/console/upload?"):
         assert way not in page
-    assert "signs in through the portal" in (await at_console.get("/service-users?name=anna")).text
+    assert (
+        "signs in through the portal" in (await at_console.get("/service-users?search=anna")).text
+    )
     # Whoever comes there all the same is told why not.
     form = {"label": "back door", "lifetime": "30"}
     for way in ("/credentials/new", "/hand-over"):

@@ -123,8 +123,11 @@ async def test_a_form_of_another_session_is_refused(
     for csrf in (other.csrf, "", operator_at_console.csrf[:-1]):
         answer = await operator_at_console.post("/sign-out", {"csrf": csrf})
         assert answer.status_code == 403
-    assert (await operator_at_console.post("/sign-out")).status_code == 303
+    signed_out = await operator_at_console.post("/sign-out")
+    assert signed_out.status_code == 303
     assert operator_at_console.cookie is None
+    led_to = signed_out.headers["location"].removeprefix("/console")
+    assert "You are signed out." in (await operator_at_console.get(led_to)).text
 
 
 async def test_json_as_a_form_is_refused(
@@ -192,6 +195,20 @@ async def test_the_way_back_leads_nowhere_else(
     assert answer.headers["location"] == "/console"
 
 
+async def test_the_way_back_leads_to_a_key_whose_kid_begins_with_a_hyphen(
+    person: ConsoleClient, operator_credential: Credential
+) -> None:
+    path = f"/signing-keys/-{'k' * 42}/revoke"
+    person.cookie = "no.such.session"
+    answer = await person.post(path, {"reason": "it leaked"})
+    assert answer.status_code == 401
+    assert f'name="next" value="/console{path}"' in answer.text
+    answer = await person.sign_in(
+        operator_credential, **{"next": f"/console{path}", "kept:reason": "it leaked"}
+    )
+    assert f'action="/console{path}"' in answer.text
+
+
 async def test_what_was_typed_waits_for_a_new_sign_in(
     person: ConsoleClient, operator_credential: Credential
 ) -> None:
@@ -208,6 +225,33 @@ async def test_what_was_typed_waits_for_a_new_sign_in(
     assert "Nothing was done yet" in answer.text
     assert 'action="/console/service-users/new"' in answer.text
     assert 'name="name" value="vkyc &lt;prod&gt;"' in answer.text
+
+
+async def test_a_refused_session_is_on_record_and_a_browser_without_one_is_not(
+    person: ConsoleClient, client: httpx.AsyncClient, settings: Settings, records: Records
+) -> None:
+    for path in ("/", "/service-users", "/sign-in"):
+        await person.get(path)
+    await person.post("/service-users/new")
+    await records(0, outcome="refused")
+    person.cookie = "no.such.session"
+    await person.get("/", User_Agent="thief/1")
+    await person.get("/service-users")
+    await person.get("/sign-in")
+    await person.post("/service-users/new")
+    await person.post("/sign-in/resume")
+    refused = await records(4, reason="invalid_token", outcome="refused")
+    assert {record["action"] for record in refused} == {
+        "service_user.read",
+        "service_user.list",
+        "service_user.create",
+        "token.issue",
+    }
+    assert {record["client_address"] for record in refused} == {"127.0.0.1"}
+    assert "thief/1" in {record["user_agent"] for record in refused}
+    elsewhere = {"Origin": "https://evil.example"}
+    assert (await client.post("/console/sign-in/resume", headers=elsewhere)).status_code == 403
+    await records(1, reason="invalid_request", action="token.issue", outcome="refused")
 
 
 # Time: sessions that began long ago are made by a thief of the key and the database
@@ -284,6 +328,62 @@ async def test_after_8_hours_it_takes_a_new_sign_in(
     person.cookie = await session_since(SESSION + 1, 600)
     assert (await person.get("/")).headers["location"] == "/console/sign-in?ended=1"
     assert "8 hours" in (await person.get("/sign-in?ended=true")).text
+
+
+@pytest.mark.parametrize("why", ["idle", "its key was revoked"])
+async def test_a_person_is_told_that_the_session_ended_and_not_what_is_wrong_with_its_token(
+    person: ConsoleClient,
+    operator: httpx.AsyncClient,
+    session_since: Callable[..., Awaitable[str]],
+    why: str,
+) -> None:
+    person.cookie = await session_since(3600, 600)
+    assert (await person.get("/")).status_code == 200
+    if why == "idle":
+        person.cookie = await session_since(3600, -120)
+    else:
+        revoked = await operator.post(
+            "/api/v1/signing-keys/revoke-all", json={"reason": "it leaked"}
+        )
+        assert revoked.status_code == 200, revoked.text
+    assert (await person.get("/")).headers["location"] == "/console/sign-in?ended=1"
+    for answer in (
+        await person.get("/sign-in?ended=true"),
+        await person.post("/session"),
+        await person.post("/sign-in/resume", next="/console"),
+    ):
+        assert "Your session has ended" in answer.text
+        assert "expected" not in answer.text
+
+
+async def test_a_session_that_merely_ended_needs_no_record_and_one_that_was_ended_has_one(
+    person: ConsoleClient,
+    operator: httpx.AsyncClient,
+    operator_credential: Credential,
+    enrol_operator: Callable[..., Awaitable[Credential]],
+    session_since: Callable[..., Awaitable[str]],
+    records: Records,
+) -> None:
+    signed_out = await session_since(3600, 600, sid="o" * 22)
+    person.cookie = signed_out
+    await person.get("/")
+    assert (await person.post("/sign-out")).status_code == 303
+    for cookie in (
+        signed_out,
+        await session_since(SESSION + 1, 600),
+        await session_since(3600, -120),
+    ):
+        person.cookie = cookie
+        assert (await person.get("/")).headers["location"] == "/console/sign-in?ended=1"
+        assert (await person.post("/session")).status_code == 401
+    await records(0, outcome="refused")
+
+    credential = await enrol_operator("second", AdminScope.SERVICE_USERS_READ)
+    assert (await person.sign_in(credential)).status_code == 303
+    disabled = await operator.post(f"/api/v1/service-users/{credential[0]}/disable")
+    assert disabled.status_code == 200
+    assert (await person.get("/service-users")).status_code == 303
+    await records(1, outcome="refused", action="service_user.list", reason="invalid_token")
 
 
 async def test_after_a_sign_out_no_copy_of_the_cookie_opens_or_renews_anything(

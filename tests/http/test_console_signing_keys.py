@@ -125,6 +125,10 @@ async def test_a_rotation_is_asked_for_with_a_reason_and_says_when_and_for_whom_
     records: Records,
 ) -> None:
     active, pending = kids(authority)
+    before = words(await operator_at_console.get(KEYS))
+    assert re.search(
+        r"If you rotate now, the next key signs .* That cannot be taken back\.", before
+    )
     answer = await operator_at_console.post(f"{KEYS}/rotate", {"reason": f" {WHY} "})
     assert (answer.status_code, answer.headers["location"]) == (303, "/console/signing-keys")
     said = words(await operator_at_console.get(KEYS))
@@ -187,10 +191,12 @@ async def test_what_a_revocation_costs_is_told_before(
     assert "held by 2 service users, each of which has to exchange again" in said
     assert re.search(r"vkyc-prod 3 2\d{3}-", said)
     assert f"{pending[:8]}…, at once: it is not published long enough" in said
+    assert "Could that one have leaked with this one? Then revoke all keys." in said
     assert f"Type “{active[:8]}” to confirm" in said
     said = words(await operator_at_console.get(f"{KEYS}/{pending}/revoke"))
     assert "none: nobody has to exchange again" in said
     assert "the same key as now" in said
+    assert "leaked with" not in said
     said = words(await operator_at_console.get(f"{KEYS}/revoke-all"))
     assert active in said
     assert pending in said

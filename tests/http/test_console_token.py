@@ -16,7 +16,7 @@ import jwt
 import pytest
 
 from service.authority.model import AdminScope
-from service.console import ingest_client
+from service.console import ingest_client, upload
 from service.settings import Settings
 from tests.http.console_client import ConsoleClient
 
@@ -30,6 +30,7 @@ AtConsole: TypeAlias = Callable[..., Awaitable[ConsoleClient]]
 
 INGEST = "http://127.0.0.1:8081"
 TOKEN = re.compile(r'<pre id="token"[^>]*>([A-Za-z0-9_.-]+)</pre>')
+SAMPLES = re.compile(r'<pre id="(?:python|node)".*?</pre>', re.DOTALL)
 PAGES = pytest.mark.parametrize("where", ["/token", "/upload"])
 
 
@@ -340,6 +341,9 @@ async def test_what_the_ingest_service_would_not_take_is_told_beside_the_field(
         in (answer.text)
     )
     assert answer.text.count('aria-invalid="true"') == 1
+    # What is there to be copied is fit to be run.
+    right = await operator_at_console.get(f"/upload?service_user={vkyc[0]}")
+    assert SAMPLES.findall(answer.text) == SAMPLES.findall(right.text) != []
     assert "Bearer ey" not in answer.text
     assert "<script>alert" not in answer.text
 
@@ -356,8 +360,12 @@ async def test_who_lacks_the_audience_of_the_ingest_service_is_told_so(
     assert "Bearer ey" not in sent.text
 
 
-@pytest.mark.parametrize("settings", [{"audience": "urn:bank:ingest"}], indirect=True)
-async def test_an_audience_that_is_no_address_names_the_setting(
+@pytest.mark.parametrize(
+    "settings",
+    [{"audience": "urn:bank:ingest"}, {"audience": "http://ingest.example"}],
+    indirect=True,
+)
+async def test_an_audience_that_is_no_address_for_tokens_names_the_setting(
     operator_at_console: ConsoleClient, vkyc: Credential
 ) -> None:
     asked = await operator_at_console.get("/upload?service_user=vkyc-prod")
@@ -376,9 +384,10 @@ at_a_strange_service = pytest.mark.parametrize(
 
 
 @pytest.fixture
-async def strange() -> AsyncGenerator[list[bytes], None]:
+async def strange(monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[list[bytes], None]:
     """A service that answers every connection with the last of these, and puts what it got
-    before it."""
+    before it. It reports nothing: there is no record to wait for."""
+    monkeypatch.setattr(upload, "RECORD_PATIENCE", 0.3)
     said: list[bytes] = []
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

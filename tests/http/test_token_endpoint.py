@@ -518,6 +518,7 @@ async def test_t7_nobody_waits_for_a_body_that_is_being_refused(
     client: httpx.AsyncClient, vkyc: Credential
 ) -> None:
     await client.post(URL, auth=vkyc, data=GRANT)
+    alone = await _waits(client, vkyc)
     lying_in_wait = asyncio.Event()
 
     async def slow() -> AsyncGenerator[bytes, None]:
@@ -538,16 +539,25 @@ async def test_t7_nobody_waits_for_a_body_that_is_being_refused(
         for _ in range(20)
     ]
     await lying_in_wait.wait()
-    waits: list[float] = []
-    for _ in range(10):
-        started = time.perf_counter()
-        assert (await client.post(URL, auth=vkyc, data=GRANT)).status_code == 200
-        waits.append(time.perf_counter() - started)
+    waits = await _waits(client, vkyc)
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
-    print(f"T7: {sorted(waits)[5] * 1000:.1f} ms in the median, {max(waits) * 1000:.1f} at most")
-    assert sorted(waits)[5] < 0.05
+    print(
+        f"T7: {waits[5] * 1000:.1f} ms in the median, {waits[-1] * 1000:.1f} at most; alone "
+        f"{alone[5] * 1000:.1f} ms"
+    )
+    assert waits[5] < 0.05 + 5 * alone[5]  # however busy this machine is
+
+
+async def _waits(client: httpx.AsyncClient, credential: Credential) -> list[float]:
+    """Return how long each of ten exchanges took, the shortest first: seconds."""
+    waits: list[float] = []
+    for _ in range(10):
+        started = time.perf_counter()
+        assert (await client.post(URL, auth=credential, data=GRANT)).status_code == 200
+        waits.append(time.perf_counter() - started)
+    return sorted(waits)
 
 
 async def test_t10_unknown_client_wrong_secret_and_revoked_credential_look_alike(
@@ -585,13 +595,13 @@ async def test_t10_who_has_the_right_secret_is_told_why_it_does_not_help(
 ) -> None:
     client_id = vkyc[0]
     user = f"/api/v1/service-users/{client_id}"
-    ends = datetime.now(UTC) + timedelta(seconds=1)
+    ends = datetime.now(UTC) + timedelta(seconds=2)
     short = await operator.post(
         f"{user}/credentials", json={"label": "short", "expires_at": ends.isoformat()}
     )
     credential = client_id, short.json()["client_secret"]
     assert (await client.post(URL, auth=credential, data=GRANT)).status_code == 200
-    await asyncio.sleep(1.1)
+    await asyncio.sleep((ends - datetime.now(UTC)).total_seconds() + 0.1)
     expired = await client.post(URL, auth=credential, data=GRANT)
     assert refused(expired) == (401, "invalid_client")
     assert expired.json()["error_description"] == (

@@ -117,7 +117,7 @@ def house(
     start_ingest: Callable[..., AbstractContextManager[IngestService]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Generator[House, None, None]:
-    with start_authority() as authority:
+    with start_authority(PRIVYSEAL_LOG_LEVEL="error") as authority:
         api = f"{authority.issuer}/api/v1"
         entry = exchange(authority, (authority.client_id, authority.client_secret))
         with httpx.Client(
@@ -258,7 +258,7 @@ def test_a_forged_token_is_the_first_thing_that_an_operator_sees(
     assert "a signing key is in other hands" in listed.stderr
     doctor = privyseal(house, "doctor")
     assert doctor.returncode == 1
-    assert "forged tokens were reported" in doctor.stdout
+    assert "forged tokens were noticed" in doctor.stdout
     metrics = httpx.get(f"{house.authority.issuer}/metrics", timeout=10).text
     found = re.search(r"^privyseal_forged_tokens_total ([0-9.]+)$", metrics, re.MULTILINE)
     assert found is not None, metrics
@@ -309,6 +309,26 @@ def test_a_reporter_cannot_call_a_real_token_forged(house: House) -> None:
     assert {(record["actor"], record["service_user"]) for record in unknown} == {("ingest", None)}
     forged = house.operator.get("/audit-records?action=token.forged").json()["records"]
     assert len(forged) == before
+
+
+def test_each_checkpoint_is_a_line_of_the_servers_log_whatever_its_level(house: House) -> None:
+    api = f"{house.authority.issuer}/api/v1"
+    note = httpx.get(f"{api}/audit/checkpoint", timeout=10).text
+    server_log = Path(house.authority.environ["PRIVYSEAL_DATA_DIR"]) / "serve.log"
+    deadline = time.monotonic() + REPORTED_WITHIN  # it is published a moment before it is logged
+    while note not in [
+        line["note"] for line in logged(server_log) if line["event"] == "checkpoint"
+    ]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert {line["event"] for line in logged(server_log) if line["level"] == "info"} == {
+        "checkpoint"
+    }
+
+
+def logged(server_log: Path) -> list[dict[str, Any]]:
+    whole = server_log.read_text().rpartition("\n")[0]
+    return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
 
 
 def unverified_claims(token: str) -> dict[str, Any]:

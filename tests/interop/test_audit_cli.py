@@ -361,7 +361,7 @@ def test_a_found_secret_is_revoked_and_everything_about_it_is_shown(
 
     asked = shell("credentials", "leaked", given=text)
     assert asked.exit_code == 2
-    assert "--yes" in asked.stderr
+    assert "--dry-run only looks, --yes revokes." in asked.stderr
     assert holder("token").exit_code == 0
 
     report = shell.json("credentials", "leaked", "--yes", given=text)

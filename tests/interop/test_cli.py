@@ -141,6 +141,30 @@ def test_an_integrator_is_told_that_the_admin_api_takes_an_operator(integrator: 
     assert "Use an operator's credential." in done.stderr
 
 
+def test_whoever_holds_a_credential_rotates_it_and_both_get_tokens(
+    authority: Authority, shell: Shell, integrator: Shell, name: str
+) -> None:
+    rotate = ("credentials", "rotate", "--label", "2027 spring")
+    refused = integrator(*rotate)
+    api = f"{authority.issuer}/api/v1"
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert f"“My credentials” in {authority.issuer}/console" in refused.stderr
+    assert f"have an operator add the audience {api}." in refused.stderr
+
+    audiences = ("--audience", AUDIENCE, "--audience", api)
+    assert shell("service-users", "change", name, *audiences).exit_code == 0
+    done = integrator(*rotate)
+    assert done.exit_code == 0, done.stderr
+    fields = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert "shown this once" in done.stderr
+    assert "(2026 autumn) gets tokens until" in done.stderr
+    assert done.output.count("pvs_") == 1
+    successor = Shell(authority, fields["client_id"], fields["client_secret"])
+    assert all(each("token").exit_code == 0 for each in (integrator, successor))
+    again = successor.json("credentials", "rotate", "--label", "2027 autumn")
+    assert again["old"]["label"] == "2027 spring"
+
+
 def test_an_operator_is_told_the_scope_that_is_missing(
     authority: Authority, shell: Shell, name: str
 ) -> None:
@@ -163,6 +187,7 @@ def test_lists_are_whole_and_names_are_found_beyond_the_first_page(
         assert answer.status_code == 201, answer.text
     listed = shell.json("service-users", "list", "--source-system", "many")
     assert [user["name"] for user in listed] == names
+    assert shell.json("service-users", "list", "--search", "MANY 20") == listed[-1:]
     last = shell.json("service-users", "show", names[-1])
     assert last == listed[-1]
     assert shell.json("service-users", "show", last["id"]) == last
@@ -469,6 +494,10 @@ def test_doctor_is_well_where_the_authority_is(authority: Authority) -> None:
     done = where_the_database_is(authority, "doctor")
     assert done.returncode == 0, done.stdout
     assert {line.split()[0] for line in done.stdout.splitlines()} == {"ok"}
+    done = where_the_database_is(authority, "doctor", PRIVYSEAL_ISSUER="http://127.0.0.1:1")
+    assert done.returncode == 0, done.stdout
+    (weak,) = [line for line in done.stdout.splitlines() if line.startswith("weak")]
+    assert f"{authority.issuer.removeprefix('http://')}/audit/1, which is not of" in weak
 
 
 def test_doctor_says_once_what_is_wrong_and_skips_what_relies_on_it(authority: Authority) -> None:
@@ -527,7 +556,7 @@ async def _put_a_record_into_march_2025(authority: Authority) -> None:
         await owner.close(timeout=5)
 
 
-def test_a_wrong_password_is_said_in_words(authority: Authority) -> None:
+def test_a_wrong_password_or_role_is_said_in_words(authority: Authority, tmp_path: Path) -> None:
     running = json.loads(
         (Path(authority.environ["PRIVYSEAL_DATA_DIR"]) / "postgres.json").read_text()
     )
@@ -538,6 +567,27 @@ def test_a_wrong_password_is_said_in_words(authority: Authority) -> None:
         1,
         "Postgres refuses role or password. Correct those in PRIVYSEAL_DATABASE_URL.\n",
     )
-    done = where_the_database_is(authority, "migrate", PRIVYSEAL_DATABASE_URL=service)
-    assert done.returncode == 1
-    assert "is for the owner of the schema" in done.stderr
+    erase = ("audit", "erase", "--match", "client_address=192.0.2.1", "--reason", "gdpr", "--yes")
+    archive = ("audit", "archive", "--older-than-months", "1", "--to", str(tmp_path))
+    for command in (("migrate",), erase, archive):
+        done = where_the_database_is(authority, *command, PRIVYSEAL_DATABASE_URL=service)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "migrate, audit archive, audit erase and restore accept are for" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "migrate",
+        "bootstrap",
+        "audit verify",
+        "audit archive --older-than-months 1 --to .",
+        "audit erase --match client_address=192.0.2.1 --reason gdpr",
+    ],
+)
+def test_where_no_database_runs_the_setting_that_says_where_is_named(
+    authority: Authority, tmp_path: Path, command: str
+) -> None:
+    done = where_the_database_is(authority, *command.split(), PRIVYSEAL_DATA_DIR=str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"runs under {tmp_path}. Set PRIVYSEAL_DATA_DIR to where one does" in done.stderr

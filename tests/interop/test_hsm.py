@@ -42,7 +42,14 @@ def token(skip_or_fail: Callable[[str], NoReturn]) -> Generator[Token, None, Non
 
 @pytest.fixture(scope="module")
 def authority(token: Token, start_authority: StartAuthority) -> Generator[Authority, None, None]:
-    with start_authority(**token.environ, PRIVYSEAL_KEY_CUSTODY=token.uri) as running:
+    with start_authority(
+        **token.environ,
+        PRIVYSEAL_KEY_CUSTODY=token.uri,
+        # The shortest lead that there is: 16 s.
+        PRIVYSEAL_JWKS_MAX_AGE="1",
+        PRIVYSEAL_CLOCK_SKEW="5",
+        PRIVYSEAL_KEY_PUBLISH_LEAD="16",
+    ) as running:
         # It serves while its first key is being made.
         until(lambda: httpx.get(f"{running.issuer}/readyz").json()["can_sign"])
         yield running
@@ -77,6 +84,29 @@ def exchange(authority: Authority) -> str:
     return answer.json()["access_token"]
 
 
+def signing(authority: Authority) -> str:
+    """The kid of a token that is issued now."""
+    return jwt.get_unverified_header(exchange(authority))["kid"]
+
+
+def verified(authority: Authority, access_token: str) -> dict[str, Any]:
+    """Return the claims, if the token verifies with the keys that are published now."""
+    keys = jwt.PyJWKClient(f"{authority.issuer}/.well-known/jwks.json")
+    return jwt.decode(
+        access_token,
+        keys.get_signing_key_from_jwt(access_token),
+        algorithms=["RS256"],
+        issuer=authority.issuer,
+        audience=f"{authority.issuer}/api/v1",
+    )
+
+
+def destroyed(authority: Authority) -> list[str]:
+    """The kids of the private halves that are on record as destroyed."""
+    arguments = ("audit", "list", "--json", "--action", "signing_key.destroy")
+    return [record["kid"] for record in json.loads(privyseal(authority, *arguments))]
+
+
 def kids(authority: Authority) -> dict[str, str]:
     listed: list[dict[str, Any]] = json.loads(privyseal(authority, "keys", "list", "--json"))
     return {key["state"]: key["kid"] for key in listed}
@@ -88,7 +118,7 @@ def held(token: Token) -> list[str]:
 
 
 def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -97,22 +127,28 @@ def until(holds: Callable[[], bool]) -> None:
 def test_tokens_are_signed_in_the_hsm_and_verify_anywhere(
     authority: Authority, token: Token
 ) -> None:
-    access_token = exchange(authority)
-    key = jwt.PyJWKClient(f"{authority.issuer}/.well-known/jwks.json").get_signing_key_from_jwt(
-        access_token
-    )
-    claims = jwt.decode(
-        access_token,
-        key,
-        algorithms=["RS256"],
-        issuer=authority.issuer,
-        audience=f"{authority.issuer}/api/v1",
-    )
+    claims = verified(authority, exchange(authority))
     assert claims["client_id"] == authority.client_id
     until(lambda: len(held(token)) == 2)  # the key that signs and the next one
     doctor = privyseal(authority, "doctor")
     assert "pkcs11:token=privyseal%20test" in doctor
     assert "does not name" not in doctor
+
+
+def test_a_rotated_key_is_destroyed_in_the_hsm_and_its_tokens_verify_on(
+    authority: Authority, token: Token
+) -> None:
+    until(lambda: "pending" in kids(authority))
+    before, held_before, old_token = kids(authority), held(token), exchange(authority)
+    assert jwt.get_unverified_header(old_token)["kid"] == before["active"]
+    privyseal(authority, "keys", "rotate", "--reason", "a trial")
+    until(lambda: signing(authority) == before["pending"])
+    until(lambda: len(set(held_before) & set(held(token))) == 1)
+    assert kids(authority)["retiring"] == before["active"]
+    verified(authority, old_token)
+    verified(authority, exchange(authority))
+    until(lambda: destroyed(authority) == [before["active"]])
+    until(lambda: len(held(token)) == 2)
 
 
 def test_a_revoked_key_is_destroyed_in_the_hsm_and_the_next_one_goes_on(
@@ -121,13 +157,10 @@ def test_a_revoked_key_is_destroyed_in_the_hsm_and_the_next_one_goes_on(
     until(lambda: "pending" in kids(authority))
     before, held_before = kids(authority), held(token)
     privyseal(authority, "keys", "revoke", before["active"], "--reason", "a trial", "--yes")
-    assert jwt.get_unverified_header(exchange(authority))["kid"] == before["pending"]
+    assert signing(authority) == before["pending"]
     until(lambda: len(set(held_before) & set(held(token))) == 1)
     until(lambda: len(held(token)) == 2)
-    records = json.loads(
-        privyseal(authority, "audit", "list", "--json", "--action", "signing_key.destroy")
-    )
-    assert [record["kid"] for record in records] == [before["active"]]
+    until(lambda: before["active"] in destroyed(authority))
 
 
 def test_a_pair_that_nothing_names_is_shown_by_doctor_and_left_alone(
@@ -150,8 +183,7 @@ def test_without_the_hsm_doctor_says_what_to_do_and_recover_needs_no_token(
     privyseal(authority, *recover, PRIVYSEAL_KEY_CUSTODY="local:")
     until(lambda: kids(authority).get("active") not in old.values())
     assert set(kids(authority).values()).isdisjoint(old.values())
-    signed_with = jwt.get_unverified_header(exchange(authority))["kid"]
-    assert signed_with == kids(authority)["active"]
+    assert signing(authority) == kids(authority)["active"]
 
 
 def test_signatures_a_second_in_the_hsm_and_beside_it(

@@ -161,12 +161,31 @@ def test_revoke_of_the_key_that_signs_is_done_when_the_command_returns(keys: Key
     assert "nothing is left to revoke" in again.stderr
 
 
+def test_the_beginning_of_a_kid_is_enough_and_the_whole_of_it_is_shown_before_it_is_revoked(
+    keys: Keys,
+) -> None:
+    standing = keys.standing()
+    # What begins like an option is one, unless it is whole.
+    enough = {kid: kid if kid.startswith("--") else kid[:8] for kid in standing.values()}
+    for kid, beginning in enough.items():
+        assert keys.json("show", beginning)["kid"] == kid
+    target = standing["pending"]
+    _, screen = keys.at_terminal("revoke", enough[target], *REASON, columns=80, typed="n\n")
+    assert target in screen.partition("Go on?")[0]
+    assert keys.standing() == standing
+    done = keys("revoke", enough[target], *REASON, "--yes")
+    assert done.exit_code == 0, done.stderr
+    assert f"{target} is revoked." in done.stdout
+
+
 def test_revoke_asks_first_and_a_no_changes_nothing(keys: Keys) -> None:
     before = keys.standing()
-    for target in (before["pending"], "--all"):
+    for target in (before["active"], before["pending"], "--all"):
         status, screen = keys.at_terminal("revoke", target, *REASON, columns=80, typed="n\n")
         assert status == 1
-        assert "revoked for good" in " ".join(screen.split())
+        asked = " ".join(screen.partition("Go on?")[0].split())
+        assert "revoked for good" in asked
+        assert ("Could that one have leaked with it?" in asked) is (target != "--all")
         assert "Nothing was changed." in screen
         assert keys("revoke", target, *REASON).exit_code == 2, "nobody can be asked"
     assert keys.standing() == before
@@ -195,7 +214,10 @@ def test_wrong_usage_is_said_and_changes_nothing(keys: Keys, arguments: tuple[st
         ("../rotate", 2),
         ("..%2frotate", 2),
         ("a b", 2),
-        ("k" * 42, 2),
+        ("k" * 7, 2),
+        ("k" * 8, 1),
+        ("k" * 42, 1),
+        ("k" * 44, 2),
         ("?", 2),
         ("--unknown", 2),
         ("k" * 43, 1),

@@ -20,6 +20,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 SHOWN_WITHIN = 60.0
 STOPPED_WITHIN = 60.0
+PRIVYSEAL = Path(sys.executable).with_name("privyseal")
 
 
 @contextmanager
@@ -75,6 +76,7 @@ def test_what_make_run_prints_can_be_pasted_and_a_second_run_keeps_the_operator(
         uploaded = json.loads(_paste(_between(shown, "TOKEN=", "Be the operator")))
         assert (uploaded["service_user"], uploaded["source_system"]) == ("vkyc-prod", "vkyc")
         be_operator = _between(shown, "export ", "And prove")
+        assert re.search(r"ok +audit log", _paste(f"{be_operator}\n{PRIVYSEAL} doctor"))
         prove = _between(shown, f"curl -sS http://127.0.0.1:{ports[0]}/api/v1/audit", "  console")
         said = _paste(be_operator + prove)
         assert len(re.findall(r"token\.issue +success", said)) >= 2

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
+from keys.attestation import attest
 from keys.envelope import KeyEncryptionKeys, new_kek_line
 from keys.keyring import RotationPolicy
 from keys.secret import Secret
@@ -247,7 +248,15 @@ def new_keys(rsa_keys: list[RSAPrivateKey], keks: KeyEncryptionKeys) -> list[Kep
         kid = thumbprint(key.public_key())
         der = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
         sealed = keks.seal(der, purpose="signing-key", kid=kid)
-        made.append(KeptKey(kid=kid, uri=LOCAL, public_key=key.public_key(), sealed_private=sealed))
+        made.append(
+            KeptKey(
+                kid=kid,
+                uri=LOCAL,
+                public_key=key.public_key(),
+                sealed_private=sealed,
+                attestation=attest(kid, keks),
+            )
+        )
     return made
 
 
@@ -393,7 +402,10 @@ async def issuer(
     """What exchanges credentials for tokens, on the parts above."""
     with ThreadPoolExecutor(1) as executor:
         keys = LiveKeyRing(
-            store=signing_keys, custody=LocalCustody(lambda: keks, executor), clock=time.time
+            store=signing_keys,
+            custody=LocalCustody(lambda: keks, executor),
+            read_keks=lambda: keks,
+            clock=time.time,
         )
         ring = await keys.fresh()
         assert ring.active is not None

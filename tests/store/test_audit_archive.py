@@ -8,7 +8,7 @@ import os
 import time
 from base64 import b64encode
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeAlias
 from uuid import UUID
@@ -45,6 +45,7 @@ pytestmark = pytest.mark.anyio
 
 ORIGIN = "tokens.example/audit/1"
 MARCH, APRIL = "2025-03", "2025-04"
+KID = "k" * 43
 # March, but for these: events of March that were reported in April.
 COUNT, LATE = 40, (22, 25, 26)
 IN_MARCH = [index for index in range(COUNT) if index < 20 or index in LATE]
@@ -88,7 +89,7 @@ class Log:
                 at,
                 f"{index:012}",
                 floor + index,
-                datetime(2025, 4, 10, tzinfo=UTC),
+                datetime(2025, 4, 2, tzinfo=UTC),
                 index,
                 holder.service_user.id if holder.service_user else None,
                 holder.credentials[0].id,
@@ -318,6 +319,88 @@ async def test_what_is_gone_without_an_archive_is_missing(
     assert (found.flaw, found.index) == (Flaw.MISSING, 20)
 
 
+async def name_archived(log: Log, archived: object, recorded_at: datetime) -> None:
+    """Put on record that months were archived: who has the service's password can."""
+    await log.owner.execute(
+        "INSERT INTO audit_records (id, commit_order, recorded_at, action, outcome, actor,"
+        " request_id, repeats, details)"
+        " SELECT overlay(uuidv7_floor_1(clock_timestamp())::text PLACING $3 FROM 25)::uuid,"
+        "  audit_era_floor_1() + 1000 + $2::integer, $1, 'audit.archive', 'success',"
+        "  'privyseal audit archive', '', 1, jsonb_build_object('archived', $4::jsonb)",
+        recorded_at,
+        (number := await log.owner.fetchval("SELECT count(*)::integer FROM audit_records")),
+        f"{number:012}",
+        json.dumps(archived),
+    )
+
+
+async def test_a_deleted_record_is_not_explained_by_a_month_of_which_others_remain(
+    grown: Log, check: Check
+) -> None:
+    await grown.owner.execute("DELETE FROM audit_records WHERE id = $1", grown.ids[4])
+    await name_archived(grown, {MARCH: {"records": 1}}, datetime.now(UTC))
+    verdict = await check(13, 24, COUNT)
+    found = first_bad(verdict)
+    assert (found.flaw, found.index, found.id) == (Flaw.MISSING, 4, grown.ids[4])
+    assert verdict.reports[0].archived == {}
+    assert [line for line in words(verdict) if f"{MARCH} was archived. That cannot be" in line]
+
+
+async def test_a_month_that_was_not_over_for_seven_days_was_not_archived(
+    grown: Log, check: Check
+) -> None:
+    await grown.owner.execute(
+        "DELETE FROM audit_records_2025_04; DELETE FROM audit_personal_2025_04"
+    )
+    claim = {APRIL: {"records": COUNT - len(IN_MARCH)}}
+    await name_archived(grown, claim, datetime(2025, 5, 7, 23, tzinfo=UTC))
+    # A later one that repeats it, as each does, makes it no truer.
+    await name_archived(grown, claim, datetime.now(UTC))
+    assert (first_bad(await check(COUNT)).flaw, first_bad(await check(COUNT)).index) == (
+        Flaw.MISSING,
+        20,
+    )
+
+
+async def test_of_a_month_that_is_over_only_the_archive_shows_what_it_had(
+    grown: Log, take: Take, check: Check, march: Path
+) -> None:
+    verdict = await check(COUNT)
+    assert words(verdict) == []
+    assert [each for each in verdict.notices if f"Of {MARCH} only hashes are here" in each]
+    whole = verify_files([march], brought(grown, COUNT))
+    assert f"{len(IN_MARCH)} of {COUNT} records are in the file" in whole.notices[0]
+
+
+@pytest.mark.parametrize(
+    "archived",
+    [
+        {"2025-13": {"records": 1}},
+        {"x": {"records": 1}},
+        {"1969-12": {"records": 1}},
+        {"9999-12": {"records": 1}},
+        {MARCH: {}},
+        {MARCH: 1},
+        {MARCH: {"records": "1"}},
+        {MARCH: {"records": 1.5}},
+    ],
+)
+async def test_a_record_of_an_archive_that_makes_no_sense_is_told_in_words(
+    grown: Log, check: Check, archived: object
+) -> None:
+    await name_archived(grown, archived, datetime.now(UTC))
+    assert [line for line in words(await check(COUNT)) if "That cannot be" in line]
+
+
+async def test_a_record_of_an_archive_without_months_changes_nothing(
+    grown: Log, check: Check
+) -> None:
+    without: list[object] = [dict[str, int](), list[int](), MARCH, None]
+    for archived in without:
+        await name_archived(grown, archived, datetime.now(UTC))
+    assert words(await check(COUNT)) == []
+
+
 async def test_a_record_that_was_deleted_before_its_month_is_archived_stops_that(
     grown: Log, take: Take
 ) -> None:
@@ -346,6 +429,33 @@ async def test_a_record_without_its_place_in_the_log_stops_it_too(grown: Log, ta
     )
     with pytest.raises(Conflict, match="1 records of 2025-03 have no place"):
         await take(MARCH)
+
+
+@pytest.mark.parametrize("state", ["active", "retiring"])
+async def test_p5_a_month_stays_while_a_key_that_signed_in_it_is_published(
+    grown: Log, take: Take, superuser: Connection, tmp_path: Path, state: str
+) -> None:
+    until = datetime.now(UTC) + timedelta(days=3)
+    await superuser.execute(
+        "INSERT INTO signing_keys (kid, state, signer, public_der, published_at, activated_at,"
+        " rotate_at, lifetime_cap, publish_until)"
+        " VALUES ($1, $2, 'local:', '', '2025-03-01', '2025-03-31 23:59+00', $3, 900, $4)",
+        KID,
+        state,
+        # What is issued in the last moment lives 15 minutes; clocks may be a minute apart, twice.
+        until - timedelta(minutes=17),
+        until if state == "retiring" else None,
+    )
+    ends = until.strftime("%Y-%m-%d %H:%M UTC at the earliest")
+    with pytest.raises(Conflict, match=f"2025-03 is needed here, .* {KID}, until {ends}"):
+        await take(MARCH)
+    assert os.listdir(tmp_path) == []
+    await superuser.execute("UPDATE signing_keys SET activated_at = '2025-04-01 00:00+00'")
+    assert (await take(MARCH)).records == len(IN_MARCH)
+    with pytest.raises(Conflict, match="2025-04 is needed here"):
+        await take(APRIL)
+    await superuser.execute("UPDATE signing_keys SET state = 'retired', ended_at = now()")
+    assert (await take(APRIL)).records == COUNT - len(IN_MARCH)
 
 
 def test_a_month_can_be_archived_seven_days_after_its_end() -> None:
@@ -522,6 +632,29 @@ async def test_personal_values_are_erased_by_what_they_match_and_that_is_on_reco
     assert "192.0.2.3" not in str(rows)
 
 
+async def test_values_of_a_department_or_of_a_resource_are_erased(grown: Log, check: Check) -> None:
+    for kind, ours, left in (("department", (3, 5), COUNT - 2), ("resource", (7,), COUNT - 3)):
+        for value, indexes in (("retail/100%_a", ours), ("retail/100%_ab", (20, 21))):
+            await grown.owner.execute(
+                f"UPDATE audit_personal SET {kind} = $1 WHERE id = ANY ($2)",
+                value,
+                [grown.ids[index] for index in indexes],
+            )
+        given = (grown.owner, kind, "retail/100%_a", None)
+        assert await count_matching(*given) == len(ours)
+        assert await count_matching(grown.owner, kind, "retail/", None) == 0
+        done = await erase(*given, reason="asked for", now=time.time(), clock_skew=60)
+        assert done == len(ours)
+        assert await grown.owner.fetchval("SELECT count(*) FROM audit_personal") == left
+        assert not await grown.owner.fetch(
+            "SELECT FROM audit_personal WHERE id = ANY ($1)", [grown.ids[index] for index in ours]
+        )
+    await grown.owner.execute("UPDATE audit_personal SET department = '', resource = ''")
+    verdict = await check(COUNT)
+    assert words(verdict) == []
+    assert (verdict.reports[0].erased, verdict.erased_on_record) == (3, 3)
+
+
 # Who may
 
 
@@ -547,7 +680,7 @@ async def test_the_service_can_neither_archive_nor_erase(
 
 
 async def test_the_commands_archive_what_is_old_enough_and_erase_only_when_asked_to(
-    grown: Log, database: Running, tmp_path: Path
+    grown: Log, database: Running, superuser: Connection, tmp_path: Path
 ) -> None:
     environ = {
         "PRIVYSEAL_DATABASE_URL": database.owner_dsn.reveal(),
@@ -564,15 +697,28 @@ async def test_the_commands_archive_what_is_old_enough_and_erase_only_when_asked
     erasing = ("erase", "--match", "user_agent=curl", "--reason", "asked for")
     assert await run(*erasing, "--dry-run") == (0, "40 records have personal values that match.\n")
     assert (await run(*erasing))[0] == 2  # nobody can be asked
-    assert (await run("erase", "--match", "resource=x", "--reason", "asked for"))[0] == 2
+    assert (await run("erase", "--match", "reason=x", "--reason", "asked for"))[0] == 2
+    for kind in ("client_address", "resource", "department", "service_user"):
+        none = await run("erase", "--match", f"{kind}=x", "--reason", "asked for", "--yes")
+        assert none == (0, "0 records have personal values that match.\n")
     to = ("archive", "--to", str(tmp_path / "kept"))
     assert (await run(*to))[0] == 2
     assert (await run(*to, "--month", "2026-13"))[0] == 2
     code, out = await run(*to, "--month", "2025-05")
     assert (code, "no month with records" in out) == (1, True)
+    await superuser.execute(
+        "INSERT INTO signing_keys (kid, state, signer, public_der, published_at, activated_at,"
+        " rotate_at, lifetime_cap)"
+        " VALUES ($1, 'active', 'local:', '', now(), '2025-04-09', now(), 900)",
+        KID,
+    )
+    code, out = await run(*to, "--older-than-months", "1")
+    assert (code, "2025-04 is needed here" in out) == (1, True)
+    assert "2025-03: 23 records are in" in out, "what was done before is told"
+    await superuser.execute("DELETE FROM signing_keys")
     code, out = await run(*to, "--json", PRIVYSEAL_AUDIT_RETENTION_MONTHS="1")
     assert code == 0
-    assert [each["month"] for each in json.loads(out[: out.rindex("]") + 1])] == [MARCH, APRIL]
+    assert [each["month"] for each in json.loads(out[: out.rindex("]") + 1])] == [APRIL]
     code, out = await run(*erasing, "--yes")
     assert (code, out) == (0, "0 records have personal values that match.\n")
     code, out = await run("verify", f"--database={database.service_dsn.reveal()}", "--json")

@@ -163,7 +163,7 @@ async def test_an_id_that_is_on_record_for_another_reporter_or_another_act_is_ta
         loaded(search, KID),
     ]
     assert await events.report(offered) == [TAKEN, TAKEN, RECORDED]
-    other_act = loaded(ingest, KID, id=own.id, action=Action.AUDIT_QUERY)
+    other_act = loaded(ingest, KID, id=own.id, action=Action.TOKEN_UNKNOWN)
     assert await events.report([other_act]) == [TAKEN]
     assert await on_record(superuser) == sorted([own.id, offered[2].id])
 
@@ -587,12 +587,47 @@ async def test_where_the_record_may_have_been_archived_nothing_is_proven(
     month = last_month.strftime("%Y_%m")
     await superuser.execute(f"DROP TABLE audit_records_{month}, audit_personal_{month}")
     assert await events.kept_since() == this_month.timestamp()
-    assert judged(await find([forged], events)) == [(Standing.UNVERIFIABLE, "records_archived")]
+    assert judged(await find([forged], events)) == [(Standing.UNVERIFIABLE, "records_gone")]
     # What is kept still tells one token from another, and an honest report is what it was.
     lie = reported(new_record_id(time.time()), b"token", signed_by=0)
     assert judged(await find([lie, reported(token.id, b"token")], events)) == [
         (Standing.UNKNOWN, "digest_of_another_token"),
         (Standing.ISSUED, None),
+    ]
+
+
+async def test_after_a_restore_nothing_is_proven_of_keys_from_before_and_everything_of_new_ones(
+    events: AuditEvents,
+    token: AuditRecord,
+    reported: Reported,
+    active_kid: str,
+    superuser: Connection,
+    signing_keys: SigningKeys,
+    new_keys: list[KeptKey],
+    policy: RotationPolicy,
+    act: MakeAct,
+) -> None:
+    old = reported(new_record_id(time.time()), b"lost with the backup", signed_by=0)
+    assert judged(await find([old], events)) == [(Standing.FORGED, "never_issued")]
+    # As `restore accept` leaves it: another key signs, and then the new log is open.
+    await superuser.execute(
+        "UPDATE signing_keys SET state = 'revoked', sealed_private = NULL, ended_at = now()"
+        " WHERE kid = $1",
+        active_kid,
+    )
+    new = reported(new_record_id(time.time()), b"forged", signed_by=1)
+    assert await signing_keys.prepare(new_keys[1], act(Action.SIGNING_KEY_PREPARE))
+    assert await signing_keys.activate(
+        new_keys[1].kid, None, policy, act(Action.SIGNING_KEY_ACTIVATE)
+    )
+    await superuser.execute(
+        "INSERT INTO audit_logs (log, origin, public_key, sealed_private, begins_after, opened_at)"
+        " SELECT n, 'tokens.example/audit/' || n, repeat('k', 32)::bytea, '', 0, clock_timestamp()"
+        " FROM generate_series(1, 2) AS n"
+    )
+    assert judged(await find([old, new], events)) == [
+        (Standing.UNVERIFIABLE, "records_gone"),
+        (Standing.FORGED, "never_issued"),
     ]
 
 

@@ -26,7 +26,7 @@ from service.authority.audit.verify import Finding, Flaw
 from service.authority.model import ClientAddress
 from service.cli import main
 from service.cli.audit_offline import Pinned, Verdict, verify_database
-from service.store.audit_tree import LEAF_COLUMNS, leaf_of
+from service.store.audit_tree import LEAF_COLUMNS, leaf_of, postgres_log
 from service.store.embedded import OWNER, SUPERUSER, Running
 from tests.conftest import open_audit_log
 from tests.interop.terminal import PRIVYSEAL, at_terminal
@@ -283,6 +283,28 @@ async def test_a_changed_hash_of_the_tree_is_found(
 # The four that need a checkpoint from outside
 
 
+async def test_a_leaf_with_a_wrong_hash_under_a_head_that_nobody_signed_is_named(
+    grown: Log, check: Check, append: Append, database: Running, superuser: Connection
+) -> None:
+    """As whoever has the service's password can add it."""
+    await append(2)
+    rows = await superuser.fetch(
+        "SELECT id, commit_order FROM audit_records ORDER BY commit_order DESC, id DESC LIMIT 2"
+    )
+    async with postgres_log(database.service_dsn) as store:
+        size = await superuser.fetchval("SELECT max(size) FROM audit_checkpoints")
+        assert await store.connection.fetchval(
+            "SELECT append_leaves_1(1::smallint, $1, $2, $3, '{}', '{}', '{}', $4, $5, 'x', now())",
+            size,
+            [rows[1]["id"], rows[0]["id"]],
+            [bytes(32)] * 2,
+            rows[0]["commit_order"],
+            rows[0]["id"],
+        )
+    found = first_bad(await check())
+    assert (found.index, found.id) == (size, rows[1]["id"])
+
+
 async def test_a_cut_tail_is_found_with_a_checkpoint_from_outside_only(
     grown: Log, check: Check
 ) -> None:
@@ -456,6 +478,25 @@ async def test_the_command_says_it_in_json_and_by_its_exit_status(
     assert f"Record 0 ({(await grown.ids())[0]}) was edited" in out
     assert (await run("--key=nonsense"))[0] == 2
     assert (await run(*usual, str(tmp_path / "note")))[0] == 2
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:S3#cretPw@127.0.0.1/x",
+        "postgresql://u:S3cretPw@127.0.0.1:port/x",
+        "postgresql://u:S3cretPw@[::1/x",
+        "postgresql://u:S3cretPw@127.0.0.1/x?sslmode=S3cretPw",
+        "S3cretPw",
+    ],
+)
+async def test_a_url_that_makes_no_sense_is_said_so_in_words_without_the_password(url: str) -> None:
+    done = await asyncio.to_thread(
+        CliRunner().invoke, main, ["audit", "verify", f"--database={url}"]
+    )
+    assert isinstance(done.exception, SystemExit)
+    assert (done.exit_code, "makes no sense" in done.stderr) == (1, True)
+    assert "S3" not in done.output
 
 
 async def test_a_bar_shows_how_far_the_check_is_on_a_terminal_and_nowhere_else(

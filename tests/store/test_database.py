@@ -288,13 +288,24 @@ async def test_the_owner_and_a_superuser_may_not_serve(
             await check_server(dsn)
 
 
+async def _setting(running: Running, name: str) -> str:
+    """Return what a connection finds that is opened now."""
+    connection = await connect(running.superuser_dsn, application_name="test")
+    try:
+        return await connection.fetchval("SELECT current_setting($1)", name)
+    finally:
+        await connection.close(timeout=5)
+
+
 async def test_a_server_that_may_lose_commits_is_refused(data_dir: Path) -> None:
     with EmbeddedPostgres(data_dir) as running:
         superuser = await connect(running.superuser_dsn, application_name="test")
         await superuser.execute("ALTER SYSTEM SET fsync = off")
         await superuser.execute("ALTER SYSTEM SET full_page_writes = off")
         await superuser.execute("SELECT pg_reload_conf()")
-        await superuser.execute("SELECT pg_sleep(0.2)")
+        async with asyncio.timeout(8):
+            while await _setting(running, "full_page_writes") != "off":  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
         with pytest.raises(StartRefused) as refusal:
             await check_server(running.service_dsn)
         superuser.terminate()

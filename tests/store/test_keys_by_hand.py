@@ -16,6 +16,7 @@ import asyncpg
 import msgspec
 import pytest
 
+from keys.attestation import attest, require_attested
 from keys.envelope import EnvelopeError, KekReader, KeyEncryptionKeys, new_kek_line
 from keys.keyring import KeyRing, KeyState, RotationPolicy, SigningKey, Wait
 from keys.signer import KeptKey, LocalCustody, generate, unseal
@@ -25,6 +26,7 @@ from service.authority.key_rotation import KeyRotator, LiveKeyRing
 from service.authority.model import ServiceUser, Subject
 from service.store.audit_events import AuditEvents
 from service.store.embedded import Running
+from service.store.service_users import as_json
 from service.store.signing_keys import SigningKeys
 
 pytestmark = pytest.mark.anyio
@@ -49,7 +51,10 @@ def rotator(
             clock: Callable[[], float] = time.time, read_keks: KekReader = lambda: keks
         ) -> KeyRotator:
             keys = LiveKeyRing(
-                store=signing_keys, custody=LocalCustody(read_keks, executor), clock=clock
+                store=signing_keys,
+                custody=LocalCustody(read_keks, executor),
+                read_keks=read_keks,
+                clock=clock,
             )
             return KeyRotator(
                 keys=keys,
@@ -203,6 +208,7 @@ async def test_a_clock_that_is_set_back_does_not_hide_what_the_store_holds(
         keys = LiveKeyRing(
             store=signing_keys,
             custody=LocalCustody(lambda: keks, executor),
+            read_keks=lambda: keks,
             clock=lambda: time.time() + next(ahead),
         )
         assert list((await keys.fresh()).published) == [active_kid]
@@ -236,7 +242,7 @@ async def test_a_revoked_active_key_is_followed_by_the_next_one_in_the_same_tran
     (gone,) = await superuser.fetch("SELECT * FROM signing_keys WHERE state = 'revoked'")
     assert gone["sealed_private"] is None
     assert gone["ended_at"] is not None
-    assert list((await ring_of(signing_keys)).published) == [next_kid]
+    assert [key.kid for key in (await ring_of(signing_keys)).keys] == [next_kid]
 
 
 async def test_a_key_revoked_while_none_stood_ready_is_replaced_at_the_next_tick(
@@ -305,6 +311,7 @@ async def test_p2_no_token_of_a_revoked_key_is_recorded_once_the_revocation_retu
 ) -> None:
     returned = False
     recorded_after = 0
+    under_way = asyncio.Event()
 
     async def issue_until_refused() -> int:
         nonlocal recorded_after
@@ -315,8 +322,10 @@ async def test_p2_no_token_of_a_revoked_key_is_recorded_once_the_revocation_retu
                 return issued
             recorded_after += begun_after
             issued += 1
+            under_way.set()
 
     clients = [asyncio.create_task(issue_until_refused()) for _ in range(8)]
+    await asyncio.wait_for(under_way.wait(), 10)
     await asyncio.sleep(0.2)
     active = await key_in(signing_keys, KeyState.ACTIVE)
     assert await signing_keys.revoke(active, policy, act(Action.SIGNING_KEY_REVOKE))
@@ -390,7 +399,7 @@ async def test_k9_revoke_all_leaves_two_new_keys_and_nothing_that_the_old_kek_op
     superuser: Connection,
     retiring_kid: str,
 ) -> None:
-    old = set((await ring_of(signing_keys)).published)
+    old = {key.kid for key in (await ring_of(signing_keys)).keys}
     assert retiring_kid in old
     assert len(old) == 3
     new_keks = KeyEncryptionKeys.parse(new_kek_line())
@@ -400,7 +409,7 @@ async def test_k9_revoke_all_leaves_two_new_keys_and_nothing_that_the_old_kek_op
         assert not await signing_keys.revoke_all(
             sorted(too_few), signing, following, policy, record
         ), "another key is published than it was decided on"
-    assert set((await ring_of(signing_keys)).published) == old
+    assert {key.kid for key in (await ring_of(signing_keys)).keys} == old
     assert await count(superuser, Action.SIGNING_KEY_REVOKE_ALL) == 0
     assert await signing_keys.revoke_all(sorted(old), signing, following, policy, record)
     ring = await ring_of(signing_keys)
@@ -426,7 +435,7 @@ async def test_k4_of_revoke_alls_that_race_each_leaves_one_key_that_signs_and_on
     pairs = [(generate(1024, keks), generate(1024, keks)) for _ in range(6)]
 
     async def revoke_all(signing: KeptKey, following: KeptKey) -> frozenset[str] | None:
-        kids = list((await ring_of(signing_keys)).published)
+        kids = [key.kid for key in (await ring_of(signing_keys)).keys]
         record = act(Action.SIGNING_KEY_REVOKE_ALL)
         done = await signing_keys.revoke_all(kids, signing, following, policy, record)
         return frozenset({signing.kid, following.kid}) if done else None
@@ -556,6 +565,7 @@ async def test_a_ring_opens_what_a_changed_kek_file_opens_without_a_restart(
         keys = LiveKeyRing(
             store=signing_keys,
             custody=LocalCustody(kek_reader(kek_file), executor),
+            read_keks=kek_reader(kek_file),
             clock=time.time,
         )
         pending = (await keys.fresh()).pending
@@ -690,6 +700,7 @@ async def every_key_opens(signing_keys: SigningKeys, keks: KeyEncryptionKeys) ->
     assert len(stored) == 2
     for each in stored:
         assert unseal(each.kept, keks)
+        require_attested(each.key.kid, each.key.public_key, each.kept.attestation, keks)
 
 
 async def test_k1_rewrap_without_the_old_kek_says_so_and_changes_nothing(
@@ -699,7 +710,8 @@ async def test_k1_rewrap_without_the_old_kek_says_so_and_changes_nothing(
     line = new_kek_line()
     rewrap.kek_file.write_text(line)
     status, said, complained = await rewrap.run()
-    assert (status, said) == (1, "")
+    assert status == 1
+    assert [line.split("  ")[2] for line in said.splitlines()] == ["does not open"] * 2
     assert "is sealed under the key-encryption key" in complained
     assert "add that one to the file" in complained
     assert "Traceback" not in complained
@@ -719,8 +731,9 @@ async def test_rewrap_that_left_a_key_as_it_was_is_no_success(
     der = keks.unseal(row["sealed_private"], purpose="signing-key", kid=next_kid)
     await superuser.execute("DELETE FROM signing_keys WHERE kid <> $1", next_kid)
     await superuser.execute(
-        "UPDATE signing_keys SET sealed_private = $1",
+        "UPDATE signing_keys SET sealed_private = $1, attestation = $2",
         KeyEncryptionKeys.parse(old).seal(der, purpose="signing-key", kid=next_kid),
+        attest(next_kid, KeyEncryptionKeys.parse(old)),
     )
     # Each row changes under its hands.
     await superuser.execute(
@@ -741,19 +754,57 @@ async def test_a_sealed_half_is_replaced_only_while_it_is_what_was_read(
     active_kid: str,
     next_kid: str,
 ) -> None:
-    sealed, next_sealed = new_keys[0].sealed_private, new_keys[1].sealed_private
-    assert sealed is not None
-    assert next_sealed is not None
+    key, following = new_keys[0], new_keys[1]
     record = act(Action.SIGNING_KEY_REWRAP)
-    assert not await signing_keys.reseal(active_kid, b"something else", b"other", record)
-    assert not await signing_keys.reseal(next_kid, sealed, b"other", record)
+    anew = msgspec.structs.replace(following, sealed_private=b"resealed", attestation=b"anew")
+    for before in (
+        msgspec.structs.replace(following, sealed_private=b"something else"),
+        msgspec.structs.replace(following, sealed_private=key.sealed_private),
+        msgspec.structs.replace(following, attestation=key.attestation),
+        msgspec.structs.replace(following, kid=active_kid),
+    ):
+        assert not await signing_keys.reseal(before, anew, record)
     active = await key_in(signing_keys, KeyState.ACTIVE)
     assert await signing_keys.revoke(active, policy, act(Action.SIGNING_KEY_REVOKE))
-    assert not await signing_keys.reseal(active_kid, sealed, b"back from the dead", record)
+    assert not await signing_keys.reseal(key, key, record), "back from the dead"
     assert await superuser.fetchval("SELECT count(sealed_private) FROM signing_keys") == 1
     assert await count(superuser, Action.SIGNING_KEY_REWRAP) == 0
-    assert await signing_keys.reseal(next_kid, next_sealed, b"resealed", record)
+    assert await signing_keys.reseal(following, anew, record)
     assert await count(superuser, Action.SIGNING_KEY_REWRAP) == 1
+
+
+async def test_rewrap_leaves_no_attestation_under_the_old_kek_and_none_that_is_not_ours(
+    signing_keys: SigningKeys,
+    superuser: Connection,
+    act: MakeAct,
+    retiring_kid: str,
+    rewrap: Rewrap,
+    keks: KeyEncryptionKeys,
+) -> None:
+    old, new = new_kek_line(), new_kek_line()
+    before, after = KeyEncryptionKeys.parse(old), KeyEncryptionKeys.parse(new)
+    rewrap.kek_file.write_text(f"{new}\n{old}\n")
+    # One that signs no more, one as an HSM keeps it, and one that somebody else put there.
+    await superuser.execute("UPDATE signing_keys SET sealed_private = NULL")
+    stored = {each.key.kid: each.key.state for each in await signing_keys.published_keys()}
+    (foreign,) = (kid for kid, state in stored.items() if state is KeyState.PENDING)
+    for kid in stored.keys() - {foreign}:
+        await superuser.execute(
+            "UPDATE signing_keys SET attestation = $2 WHERE kid = $1", kid, attest(kid, before)
+        )
+    status, said, complained = await rewrap.run()
+    assert (status, said.count("rewrapped"), said.count("does not open")) == (1, 2, 1)
+    assert foreign in complained
+    for each in await signing_keys.published_keys():
+        if each.key.kid != foreign:
+            require_attested(each.key.kid, each.key.public_key, each.kept.attestation, after)
+    assert retiring_kid in stored
+    record = act(Action.SIGNING_KEY_REVOKE)
+    assert await superuser.fetchval(
+        "SELECT revoke_key_1($1, 'pending', 3600, '1 day', $2, 60)", foreign, as_json(record)
+    )
+    status, said, complained = await rewrap.run()
+    assert (status, said.count("is under the first key already"), complained) == (0, 2, "")
 
 
 # What the service's password alone may not do

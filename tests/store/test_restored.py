@@ -20,10 +20,10 @@ from service.authority.audit import Action, AuditLog, AuditRecord
 from service.authority.audit.continuity import Continuity
 from service.authority.audit.merkle import Frontier
 from service.authority.audit.sequencer import Sequencer
-from service.authority.errors import OAuthError
+from service.authority.errors import OAuthError, StartRefused
 from service.authority.issuer import TokenIssuer
-from service.authority.model import ServiceUser, Subject, TokenRequest
-from service.authority.restore import Difference, Restorer, difference
+from service.authority.model import PEOPLE, ServiceUser, Status, Subject, TokenRequest
+from service.authority.restore import Difference, Restorer, Toll, difference
 from service.store.audit_tree import AuditTree, PostgresLog, postgres_log
 from service.store.checkpoint_files import CheckpointFiles
 from service.store.database import Database
@@ -79,6 +79,9 @@ class Restored:
     async def difference(self, keks: KeyEncryptionKeys | None = None) -> Difference | None:
         tree = AuditTree(self._owner.connection)
         return await difference(tree, self.outside, lambda: keks or self._keks)
+
+    async def toll(self) -> Toll:
+        return await RestoredDatabase(self._owner, clock_skew=SKEW).toll()
 
     async def accept(self, reason: str = "the primary burnt down") -> NoteVerifier:
         found = await self.difference()
@@ -179,6 +182,35 @@ async def test_what_is_missing_is_said_before_it_is_accepted(lost: Restored) -> 
     assert found.next_origin == "tokens.example/audit/2"
 
 
+@pytest.mark.parametrize(
+    ("number", "note", "is_ours"),
+    [
+        (3, b"tokens.example/audit/3\n9\n", True),
+        (3, b"tokens.example/audit/2\n9\n", False),
+        (3, b"", True),  # none at all
+        (3, b"anything", False),
+        (9998, b"tokens.example/audit/9998\n9\n", True),
+        (9999, b"tokens.example/audit/9999\n9\n", False),
+    ],
+)
+async def test_no_log_is_opened_behind_one_that_is_none_of_ours_or_could_have_no_successor(
+    lost: Restored, number: int, note: bytes, is_ours: bool
+) -> None:
+    stray = lost.checkpoints / f"{number:04}-{1:020}-2026-11-28.txt"
+    stray.write_bytes(note)
+    if is_ours:
+        found = await lost.difference()
+        assert found is not None
+        assert found.next_number == (number + 1 if note else 2)
+        return
+    with pytest.raises(StartRefused, match="Remove that file"):
+        await lost.difference()
+    stray.unlink()
+    found = await lost.difference()
+    assert found is not None
+    assert found.next_number == 2
+
+
 async def test_with_the_wrong_key_encryption_key_nothing_can_be_said_of_the_database(
     lost: Restored,
 ) -> None:
@@ -271,6 +303,34 @@ async def test_a_held_credential_gets_no_token_and_who_has_its_secret_is_told(
             msgspec.structs.replace(exchange, client_secret=Secret("pvs_guessed"))
         )
     assert other.value.reason == "wrong_secret"
+
+
+async def test_people_are_disabled_for_they_have_no_credential_that_could_be_held(
+    lost: Restored,
+    users: ServiceUsers,
+    new_user: Callable[..., ServiceUser],
+    act: Callable[..., AuditRecord],
+    holder: Subject,
+) -> None:
+    person = new_user("anna", source_system=PEOPLE, scopes=("audit:read",))
+    gone = new_user("bert", source_system=PEOPLE, status=Status.DISABLED)
+    for each in (person, gone):
+        record = act(Action.SERVICE_USER_CREATE, service_user_id=each.id, version=0)
+        assert await users.create(each, record)
+    toll = await lost.toll()
+    assert (toll.live_credentials, toll.active_people) == (1, 1)
+    await lost.accept()
+    for each in (person, gone):
+        after = (await users.fresh(each.id)).service_user
+        assert after is not None
+        assert after.status is Status.DISABLED
+        assert after.version > each.version
+    assert (await lost.toll()).active_people == 0
+    # A machine is held by its credentials.
+    assert holder.service_user is not None
+    machine = (await users.fresh(holder.service_user.id)).service_user
+    assert machine is not None
+    assert machine.is_active
 
 
 async def test_a_token_that_was_decided_on_before_is_not_recorded_after(

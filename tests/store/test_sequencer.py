@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
+from uuid import UUID
 
 import asyncpg
 import pytest
@@ -16,7 +17,7 @@ import structlog
 
 from keys.checkpoint import Checkpoint, NoteVerifier
 from keys.envelope import EnvelopeError, KeyEncryptionKeys, new_kek_line
-from service.authority.audit import Action, AuditLog, AuditRecord
+from service.authority.audit import Action, AuditLog, AuditRecord, new_record_id
 from service.authority.audit.continuity import NO_LOG, Continuity
 from service.authority.audit.merkle import (
     Frontier,
@@ -292,9 +293,9 @@ async def test_an_elected_process_that_hangs_does_not_stay_elected(process: NewP
         shown = await store.connection.fetchval("SHOW idle_session_timeout")
         assert shown == "10s"
         await store.connection.execute("SET idle_session_timeout = '50ms'")
-        await asyncio.sleep(0.3)
-        async with process().connected() as other:
-            assert await other.elect()
+        async with process().connected() as other, asyncio.timeout(8):
+            while not await other.elect():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
 
 
 class Stubborn(PostgresLog):
@@ -448,6 +449,58 @@ async def test_a_record_without_a_canonical_form_stops_the_log_and_is_named(
     (line,) = [each for each in logs if each["event"] == "record_not_encodable"]
     assert str(bad.id) in line["error"]
     assert await superuser.fetchval("SELECT max(id::text) FROM audit_leaves") == str(good.id)
+
+
+# What the service's password alone can do to the log
+
+
+APPEND = "SELECT append_leaves_1(1::smallint, $1, $2, $3, '{}', '{}', '{}', $4, $5, 'x', now())"
+
+
+async def test_only_the_next_records_in_their_order_get_places(
+    append: Append, process: NewProcess, database: Running, superuser: Connection
+) -> None:
+    await append(3)
+    one = process()
+    await one.sequence(3)
+    await append(3)
+    rows = await superuser.fetch(
+        "SELECT id, commit_order FROM audit_records ORDER BY commit_order, id"
+    )
+    ids, orders = [row["id"] for row in rows], [row["commit_order"] for row in rows]
+    new = ids[3:]
+    async with postgres_log(database.service_dsn) as store:
+
+        async def appended(
+            *leaves: UUID, size: int = 3, last: UUID = new[-1], reaches: int = orders[-1]
+        ) -> bool:
+            hashes = [bytes(32)] * len(leaves)
+            arguments = (size, leaves, hashes, reaches, last)
+            return await store.connection.fetchval(APPEND, *arguments)
+
+        invented = new_record_id(time.time())
+        for leaves in (
+            new[:-1],
+            new[1:],
+            [new[1], new[0], new[2]],
+            [*new, invented],
+            [invented, *new],
+            [ids[0], *new],
+            [*new[:-1], new[0]],
+            [],
+        ):
+            assert not await appended(*leaves), leaves
+        # Nor a head that reaches further: what comes next would never get a place.
+        assert not await appended(*new, reaches=orders[-1] + 1_000_000)
+        assert not await appended(*new, size=2)
+        assert await superuser.fetchval("SELECT count(*) FROM audit_leaves") == 3
+        assert await appended(*new)
+    # A wrong hash is noticed, and the owner is told who names it.
+    assert await one.compare() is not None
+    assert "`privyseal audit verify` names the first record" in str(one.continuity.broken)
+    await superuser.execute("DELETE FROM audit_leaves WHERE leaf_index >= 3")
+    await superuser.execute("DELETE FROM audit_checkpoints WHERE size > 3")
+    await one.sequence(6)
 
 
 # Whatever else was done to the log

@@ -2,22 +2,34 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import asyncpg
 import msgspec
 import pytest
 
+from keys.keyring import RotationPolicy
 from service.authority.administration import first_operator
 from service.authority.audit import Action, AuditRecord
 from service.authority.clock import DatabaseClock
 from service.authority.errors import Conflict
-from service.authority.model import AdminScope, Credential, ServiceUser, Status, Subject
+from service.authority.model import (
+    MAX_SEARCH,
+    AdminScope,
+    Credential,
+    ServiceUser,
+    ServiceUserFilter,
+    Status,
+    Subject,
+)
 from service.store.audit_log import PostgresRecordWriter
+from service.store.database import Database
 from service.store.embedded import Running
 from service.store.service_users import CachedDirectory, ServiceUsers
+from service.store.signing_keys import SigningKeys
+from service.store.usage import RecordedUses
 from tests.store.conftest import not_compared
 
 pytestmark = pytest.mark.anyio
@@ -147,8 +159,7 @@ async def test_pages_follow_the_names_and_filters_narrow_them(
             await change(subject, status=Status.DISABLED)
 
     async def names(after: str = "", limit: int = 10, **wanted: Any) -> list[str]:
-        wanted = {"name": None, "source_system": None, "status": None, **wanted}
-        page = await users.page(after=after, limit=limit, **wanted)
+        page = await users.page(ServiceUserFilter(**wanted), after=after, limit=limit)
         return [user.name for user in page]
 
     assert await names() == ["a", "b", "c", "d"]
@@ -159,6 +170,72 @@ async def test_pages_follow_the_names_and_filters_narrow_them(
     assert await names(status=Status.DISABLED) == ["d"]
     assert await names(source_system="vkyc", status=Status.DISABLED) == []
     assert await names(source_system="' OR true --") == []
+
+
+SOUGHT: Final[Sequence[tuple[str, list[str]]]] = (
+    ("prod", ["docs.prod", "vkyc-prod"]),
+    ("VKYC", ["vkyc-prod", "vkyc-test"]),
+    ("vkyc prod", ["vkyc-prod"]),
+    ("prod vkyc", ["vkyc-prod"]),
+    ("rod", []),
+    ("vkyc-prod", ["vkyc-prod"]),
+    ("ident müll", ["vkyc-prod"]),
+    ("MÜLLER", ["vkyc-prod"]),
+    ("12e5a", ["vkyc-prod"]),  # a parser of text takes 12e5 for a number
+    ("document", ["docs.prod"]),
+    ("bank.example", ["docs.prod", "vkyc-prod"]),
+    ("docs@bank.example", ["docs.prod"]),
+    ("example document prod", ["docs.prod"]),
+    ("not there", []),
+    ("description", []),
+    ("nobody's", ["vkyc-test"]),
+    ("s", ["docs.prod", "vkyc-test"]),
+    ("東", ["vkyc-test"]),
+    ("京", []),
+    *((signs, []) for signs in ("-", "***", "' OR true --", ":* & | ! <-> ( ) \\", "\0", "\x1f")),
+    ("vkyc\0test':*", ["vkyc-test"]),
+    ("!vkyc | nothing", []),
+    ("vkyc " * 60, ["vkyc-prod", "vkyc-test"]),
+    ("é" * MAX_SEARCH, []),
+    (" ".join("abcdefghijklmnopqrstuvwxyz0123456789" * 4), []),
+)
+
+
+async def test_a_search_finds_the_beginning_of_any_word_of_name_owner_and_contact(
+    users: ServiceUsers, put: Put, new_user: MakeUser, pool: Database
+) -> None:
+    made = [
+        new_user("vkyc-prod", owner="Identity (Müller)", contact="12e5abc@bank.example"),
+        new_user("vkyc-test", owner="Nobody's 東京", contact="", description="description"),
+        new_user("docs.prod", owner="Document Service", contact="docs@bank.example"),
+    ]
+    for user in made:
+        await put(user)
+    listed = RecordedUses(pool)
+
+    async def names(search: str, **wanted: Any) -> list[str]:
+        sought = ServiceUserFilter(search=search, **wanted)
+        found = await users.page(sought, after="", limit=10)
+        rows = await listed.page(sought, after="", limit=10, ending_within=timedelta(1))
+        assert [row.service_user for row in rows] == found, search
+        return [user.name for user in found]
+
+    for search, expected in SOUGHT:
+        assert await names(search) == expected, search
+    assert await names(made[0].id) == ["vkyc-prod"]
+    assert await names(f" {made[0].id.upper()} ") == ["vkyc-prod"]
+    assert await names(made[0].id[:-1]) == []
+    assert await names("prod", source_system="vkyc", status=Status.DISABLED) == []
+
+
+async def test_a_search_follows_a_change(
+    users: ServiceUsers, put: Put, new_user: MakeUser, change: Change
+) -> None:
+    subject = await put(new_user("vkyc-prod", owner="Before"))
+    await change(subject, owner="After")
+    for search, count in (("before", 0), ("after", 1)):
+        found = await users.page(ServiceUserFilter(search=search), after="", limit=10)
+        assert len(found) == count
 
 
 async def test_the_last_use_of_a_credential_is_its_newest_token(
@@ -190,6 +267,31 @@ async def test_live_tokens_are_counted_until_the_last_of_them_ends(
     assert live.last_ends_at == datetime.fromtimestamp(now + 1800, UTC)
     assert (await users.live_tokens(user_id, credential_id)).count == 2
     assert (await users.live_tokens("su_" + "n" * 24)).count == 0
+
+
+async def test_tokens_of_a_revoked_key_are_no_live_tokens(
+    users: ServiceUsers,
+    pool: Database,
+    holder: Subject,
+    issuance: Issuance,
+    writer: PostgresRecordWriter,
+    signing_keys: SigningKeys,
+    policy: RotationPolicy,
+    act: MakeAct,
+) -> None:
+    user_id, credential_id = user_of(holder).id, holder.credentials[0].id
+    assert all(await writer.commit([issuance(), issuance()]))
+    (active,) = [stored.key for stored in await signing_keys.published_keys()]
+    counts = (
+        lambda: users.live_tokens(user_id),
+        lambda: users.live_tokens(user_id, credential_id),
+        lambda: RecordedUses(pool).live_tokens(user_id, 1000),
+    )
+    assert [(await counted()).count for counted in counts] == [2, 2, 2]
+    assert await signing_keys.revoke(active, policy, act(Action.SIGNING_KEY_REVOKE))
+    for counted in counts:
+        live = await counted()
+        assert (live.count, live.last_ends_at) == (0, None)
 
 
 # Versions

@@ -79,6 +79,7 @@ def active_key(rsa_keys: list[RSAPrivateKey]) -> Generator[SigningKey, None, Non
             published_at=NOW - 200_000,
             activated_at=NOW - 100_000,
             lifetime_cap=3600,
+            is_attested=True,
             signer=LocalSigner(rsa_keys[0], executor),
         )
 
@@ -89,6 +90,7 @@ def signing_key(rsa_keys: list[RSAPrivateKey]) -> Callable[..., SigningKey]:
 
     def make(kid: str, state: KeyState, **fields: float | int | None) -> SigningKey:
         fields.setdefault("published_at", NOW)
+        fields.setdefault("is_attested", True)
         return SigningKey(kid=kid, state=state, public_key=rsa_keys[0].public_key(), **fields)  # type: ignore[arg-type]
 
     return make

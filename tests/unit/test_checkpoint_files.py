@@ -2,11 +2,16 @@
 
 import asyncio
 import os
+import resource
+import threading
+import time
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from keys.checkpoint import MAX_NOTE_BYTES
 from service.store.checkpoint_files import KEPT_DAYS, CheckpointFiles, superseded
 
 pytestmark = pytest.mark.anyio
@@ -50,6 +55,105 @@ async def test_a_checkpoint_that_is_there_is_left_alone(tmp_path: Path) -> None:
     newest = await files.newest()
     assert newest is not None
     assert newest.unverified_note == b"nine"
+
+
+async def test_a_checkpoint_that_was_cut_is_written_once_more(tmp_path: Path) -> None:
+    files = CheckpointFiles(tmp_path)
+    await files.keep(1, 8, b"eight", DAY - timedelta(days=1))
+    await files.keep(1, 9, b"nine", DAY)
+    for left in (b"", b"ni"):
+        (tmp_path / names(tmp_path)[-1]).write_bytes(left)
+        newest = await files.newest()
+        assert newest is not None
+        assert newest.unverified_note == (left or b"eight")
+        await files.keep(1, 9, b"nine", DAY)
+        newest = await files.newest()
+        assert newest is not None
+        assert newest.unverified_note == b"nine"
+
+
+async def test_no_log_has_a_number_that_a_name_has_no_room_for(tmp_path: Path) -> None:
+    files = CheckpointFiles(tmp_path)
+    await files.keep(9999, 9, b"nine", DAY)
+    with pytest.raises(ValueError, match="9999"):
+        await files.keep(10_000, 9, b"nine", DAY)
+    assert len(names(tmp_path)) == 1
+
+
+async def test_what_cannot_be_a_checkpoint_is_none_or_an_error_and_nobody_waits_for_it(
+    tmp_path: Path,
+) -> None:
+    files = CheckpointFiles(tmp_path)
+    await files.keep(1, 9, b"nine", DAY)
+    (tmp_path / f"0001-{10:020}-9999-99-99.txt").write_bytes(b"on no day")
+    newest = await files.newest()
+    assert newest is not None
+    assert newest.unverified_note == b"nine"
+    other = tmp_path / f"0001-{10:020}-2026-11-25.txt"
+    os.mkfifo(other)
+    with pytest.raises(OSError, match="not a regular file"):
+        await files.newest()
+    other.unlink()
+    other.symlink_to(tmp_path / names(tmp_path)[0])
+    with pytest.raises(OSError, match=str(other)):
+        await files.newest()
+    other.unlink()
+    with other.open("wb") as large:
+        large.truncate(1 << 40)
+    newest = await files.newest()
+    assert newest is not None
+    assert len(newest.unverified_note) == MAX_NOTE_BYTES + 1
+
+
+class Hanging(CheckpointFiles):
+    """A file system that answers nobody until it is mended."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, deadline=0.05)
+        self.mended = threading.Event()
+        self.looks = 0
+
+    def _names(self) -> list[str]:
+        self.looks += 1
+        self.mended.wait(10)
+        return super()._names()
+
+
+async def test_where_the_file_system_hangs_one_thread_does_and_nobody_waits_for_it_twice(
+    tmp_path: Path,
+) -> None:
+    files = Hanging(tmp_path)
+    for call in (files.newest, lambda: files.sizes(1), files.newest):
+        with pytest.raises(OSError, match=r"^$|no answer"):
+            await call()
+    started = time.monotonic()
+    for _ in range(100):
+        with pytest.raises(OSError, match="no answer for"):
+            await files.newest()
+        # Others have the threads of this process for themselves.
+        await asyncio.to_thread(int)
+    assert time.monotonic() - started < 5
+    assert files.looks == 1
+    files.mended.set()
+    async with asyncio.timeout(5):
+        while True:
+            with suppress(OSError):
+                assert await files.sizes(1) == []
+                break
+            await asyncio.sleep(0)
+
+
+async def test_a_full_disk_is_left_as_it_was(tmp_path: Path) -> None:
+    files = CheckpointFiles(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        for _ in range(3):
+            with pytest.raises(OSError, match="File too large"):
+                await files.keep(1, 9, b"more than ten bytes", DAY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(tmp_path) == []
 
 
 async def test_of_each_day_the_last_is_kept_and_an_older_one_that_comes_late_is_not(

@@ -177,6 +177,32 @@ def test_a_person_hears_weeks_before_that_a_rotation_will_fail(
     assert found(active, pending, after=20 * DAY + 59) == []
     assert found(active, pending, after=20 * DAY, awaited=waiting) == [Concern.VERIFIERS_AWAITED]
     assert found(active, pending, after=20 * DAY + 60) == [Concern.ROTATION_OVERDUE]
+    foreign = msgspec.structs.replace(pending, is_attested=False, signer=None)
+    for after in (0, 40 * DAY):
+        assert found(active, foreign, after=after) == [
+            Concern.NEXT_KEY_UNUSABLE,
+            Concern.KEY_NOT_ATTESTED,
+        ]
+    assert found(foreign) == [
+        Concern.NO_KEY_SIGNS,
+        Concern.NEXT_KEY_UNUSABLE,
+        Concern.KEY_NOT_ATTESTED,
+    ]
+
+
+def test_a_key_that_is_not_attested_is_not_published_and_never_gets_its_turn(
+    signing_key: MakeKey, now: float
+) -> None:
+    active = signing_key("old", KeyState.ACTIVE, rotate_at=now - DAY)
+    foreign = signing_key("next", KeyState.PENDING, published_at=now - 9 * DAY, is_attested=False)
+    old = signing_key("older", KeyState.RETIRING, publish_until=now + 60)
+    for keys in ((active, foreign), (foreign,), (active, foreign, old)):
+        ring = KeyRing(keys)
+        step = next_step(ring, POLICY, now)
+        assert isinstance(step, Wait)
+        assert step.until == (now + 60 if old in keys else math.inf)
+        assert "next" not in ring.published
+    assert next_step(ring, POLICY, now + 60) == Retire(kid="older")
 
 
 class Installation(RuleBasedStateMachine):
@@ -271,6 +297,7 @@ class Installation(RuleBasedStateMachine):
                     state=KeyState.PENDING,
                     public_key=self.public_key,
                     published_at=self.now,
+                    is_attested=True,
                 )
             case Activate(kid=kid):
                 lead_is_over = self.now >= self.policy.may_sign_from(self.keys[kid])

@@ -397,7 +397,7 @@ async def test_a_token_that_hangs_is_found_out_and_then_refused_at_once(
         for _ in range(10):
             with pytest.raises(CustodyError, match="has not answered for"):
                 await signer.sign(DATA)
-        assert loop.time() - began < 0.25
+        assert loop.time() - began < 2  # each would take half a second
     async with asyncio.timeout(5):
         while True:
             with suppress(CustodyError):

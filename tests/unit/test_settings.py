@@ -150,6 +150,60 @@ def test_a_value_out_of_form_or_range_is_refused(name: str, text: str) -> None:
     assert problems_of(**{name: text})[0].startswith(f"PRIVYSEAL_{name} ")
 
 
+def test_p5_records_are_kept_for_as_long_as_a_key_signs() -> None:
+    for months, days in (("1", "30"), ("3", "90"), ("12", "360")):
+        Settings.from_environ(
+            {
+                "PRIVYSEAL_AUDIT_RETENTION_MONTHS": months,
+                "PRIVYSEAL_KEY_ROTATION_DAYS": days,
+            }
+        )
+        (told,) = problems_of(AUDIT_RETENTION_MONTHS=months, KEY_ROTATION_DAYS=str(int(days) + 1))
+        assert told.startswith("PRIVYSEAL_AUDIT_RETENTION_MONTHS is shorter")
+
+
+@pytest.mark.parametrize(
+    ("url", "is_safe"),
+    [
+        ("https://ingest.example/api/v1/ingest", True),
+        ("https://ingest.example:8443", True),
+        ("http://127.0.0.1:8081/api/v1/ingest", True),
+        ("http://[::1]:8081", True),
+        ("http://localhost/upload", True),
+        ("http://ingest.example/api/v1/ingest", False),
+        ("http://127.0.0.1.example", False),
+        ("http://10.0.0.1:8081", False),
+        ("http://[fd00::1]", False),
+        ("http://localhost:pw@ingest.example/", False),
+        ("https://[::1", False),
+        ("urn:bank:ingest", False),
+    ],
+)
+def test_no_token_is_sent_in_the_clear_with_a_document(url: str, is_safe: bool) -> None:
+    if is_safe:
+        assert Settings.from_environ({"PRIVYSEAL_INGEST_URL": url}).upload_url == url
+    else:
+        (told,) = problems_of(INGEST_URL=url)
+        assert told.startswith("PRIVYSEAL_INGEST_URL must be ")
+
+
+@pytest.mark.parametrize(
+    ("audience", "upload_url"),
+    [
+        ("https://ingest.example/", "https://ingest.example/api/v1/ingest"),
+        ("http://127.0.0.1:8081", "http://127.0.0.1:8081/api/v1/ingest"),
+        ("http://ingest.example", None),
+        ("https://ingest.example?a=b", None),
+        ("urn:bank:ingest", None),
+    ],
+)
+def test_an_audience_is_an_address_for_documents_only_if_no_token_goes_there_in_the_clear(
+    audience: str, upload_url: str | None
+) -> None:
+    settings = Settings.from_environ({"PRIVYSEAL_AUDIENCE": audience})
+    assert settings.upload_url == upload_url
+
+
 def test_k7_a_publish_lead_that_breaks_verifiers_is_refused() -> None:
     timing = {"PRIVYSEAL_JWKS_MAX_AGE": "300", "PRIVYSEAL_CLOCK_SKEW": "60"}
     Settings.from_environ(timing | {"PRIVYSEAL_KEY_PUBLISH_LEAD": "370"})

@@ -113,7 +113,9 @@ async def test_a_custody_that_this_process_does_not_have_is_named(
     new_key: KeptKey, keks: KeyEncryptionKeys
 ) -> None:
     with ThreadPoolExecutor(1) as executor:
-        custody = CustodyBySchemes(LOCAL, {LOCAL: LocalCustody(lambda: keks, executor)})
+        custody = CustodyBySchemes(
+            LOCAL, {LOCAL: LocalCustody(lambda: keks, executor)}, lambda: keks
+        )
         assert await custody.open(new_key)
         elsewhere = msgspec.structs.replace(new_key, uri="pkcs11:token=hsm;id=%01")
         with pytest.raises(CustodyError, match="kept under pkcs11:, which this process"):

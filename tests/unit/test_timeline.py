@@ -85,6 +85,23 @@ def test_a_revoked_key_ends_with_a_mark_and_signs_no_longer_than_that() -> None:
     assert said(never_signed) == ["pending"]
 
 
+def test_what_was_ends_where_it_ended_however_short_it_was() -> None:
+    minute = 1 / 1440
+    picture = drawn(
+        life("bad", KeyState.REVOKED, -4 * minute, -3 * minute, -2 * minute),
+        life("now", KeyState.ACTIVE, -4 * minute, -2 * minute),
+        life("next", KeyState.PENDING, -2 * minute),
+    )
+    bad = row(picture, "bad")
+    assert bad.revoked_x is not None
+    assert bad.segments[-1].x + bad.segments[-1].width <= bad.revoked_x + 0.01
+    for each in picture.rows:
+        for segment in each.segments:
+            assert segment.width >= 1.2
+            if not segment.planned:
+                assert segment.x + segment.width <= picture.now.x + 0.01
+
+
 def test_a_rotation_that_is_overdue_is_due_now() -> None:
     picture = drawn(*LIVES[1:], next_in=-3)
     assert picture.next_activation is not None

@@ -54,7 +54,8 @@ class TokenRecords(Protocol):
         ...
 
     async def kept_since(self) -> float:
-        """Return the time (seconds since the epoch) from which on no record was archived."""
+        """Return the time (seconds since the epoch) from which on no record was archived, or lost
+        with a database that was restored."""
         ...
 
 
@@ -69,7 +70,7 @@ class Standing(Enum):
     FORGED = auto()
     """Signed by a key of ours, and never issued: the key is in other hands."""
     UNVERIFIABLE = auto()
-    """The same, but the record of its issuance may have been archived."""
+    """The same, but the record of its issuance may have been archived, or lost with a restore."""
 
 
 class Finding(Struct, frozen=True, kw_only=True):
@@ -80,8 +81,14 @@ class Finding(Struct, frozen=True, kw_only=True):
     reason: str | None = None
 
 
-async def find(calls: Sequence[ApiCall], tokens: TokenRecords) -> list[Finding]:
-    """Return what is to be said of each call, in order; raise StoreUnavailable."""
+async def find(
+    calls: Sequence[ApiCall], tokens: TokenRecords, *, issued_since: float = 0.0
+) -> list[Finding]:
+    """Return what is to be said of each call, in order; raise StoreUnavailable.
+
+    `issued_since` (seconds since the epoch): none of these tokens can be older, whatever is
+    reported of it, because what it says itself was verified.
+    """
     if not calls:
         return []
     issued = await tokens.issued({call.jti for call in calls})
@@ -92,7 +99,9 @@ async def find(calls: Sequence[ApiCall], tokens: TokenRecords) -> list[Finding]:
         if finding.standing is Standing.SIGNATURE_WANTED and call.signature is not None
     ]
     if suspects:
-        examined = await _examined([calls[place] for place in suspects], issued, tokens)
+        examined = await _examined(
+            [calls[place] for place in suspects], issued, tokens, issued_since
+        )
         for place, finding in zip(suspects, examined, strict=True):
             findings[place] = finding
     return findings
@@ -110,7 +119,10 @@ def _compared(call: ApiCall, issued: IssuedToken | None) -> Finding:
 
 
 async def _examined(
-    calls: Sequence[ApiCall], issued: Mapping[UUID, IssuedToken], tokens: TokenRecords
+    calls: Sequence[ApiCall],
+    issued: Mapping[UUID, IssuedToken],
+    tokens: TokenRecords,
+    issued_since: float,
 ) -> list[Finding]:
     keys = await tokens.known_keys({call.kid for call in calls})
     # Each takes the time of an RSA verification, and there may be a thousand.
@@ -123,6 +135,7 @@ async def _examined(
             issued.get(call.jti),
             key=keys[call.kid] if ours else None,
             was_issued=digest(call) in issued_digests,
+            issued_since=issued_since,
             kept_since=kept_since,
         )
         for call, ours in zip(calls, signed, strict=True)
@@ -140,7 +153,12 @@ def _is_signed(call: ApiCall, keys: Mapping[str, KnownKey]) -> bool:
 
 
 def _judged(
-    issued: IssuedToken | None, *, key: KnownKey | None, was_issued: bool, kept_since: float
+    issued: IssuedToken | None,
+    *,
+    key: KnownKey | None,
+    was_issued: bool,
+    issued_since: float,
+    kept_since: float,
 ) -> Finding:
     """Judge a token that is not the one on record under its `jti`; `key` is whose signature
     verified, None if none did."""
@@ -149,7 +167,7 @@ def _judged(
     if was_issued:
         # Whoever has a real token could call it by another jti, to have its key revoked.
         return Finding(standing=Standing.UNKNOWN, reason="digest_of_another_token")
-    if key.activated_at is not None and key.activated_at < kept_since:
-        return Finding(standing=Standing.UNVERIFIABLE, reason="records_archived")
+    if key.activated_at is not None and max(key.activated_at, issued_since) < kept_since:
+        return Finding(standing=Standing.UNVERIFIABLE, reason="records_gone")
     reason = "never_issued" if issued is None else "differs_from_its_record"
     return Finding(standing=Standing.FORGED, issued=issued, reason=reason)

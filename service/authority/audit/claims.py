@@ -1,6 +1,7 @@
-"""Claims of reporters that nothing proves: a minute of each reporter holds so many, and a count.
+"""Tokens on no record, of which there may be any number: a minute of each reporter holds so many
+claims, and a count; so does one of each forger's key.
 
-Judges no claim. It must not let one reporter fill the log.
+Judges no claim. It must not let one reporter, or one forger, fill the log.
 """
 
 import asyncio
@@ -9,14 +10,17 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from service import metrics
 from service.authority.audit.log import AuditLog
-from service.authority.audit.record import AuditRecord, new_record_id
+from service.authority.audit.record import Action, AuditRecord, new_record_id
 from service.authority.model import Clock
 
 MAX_CLAIMS: Final = 60
 WINDOW: Final = 60.0
 """Seconds."""
+
+
+_Source = tuple[str | None, str | None]
+"""Who reports; and the key that signed what came to the authority itself."""
 
 
 class _Minute(Struct):
@@ -28,7 +32,7 @@ class _Minute(Struct):
 class Claims:
     """Says of each claim whether it may have a record of its own.
 
-    The others of the same minute and reporter are counted, in this process, into one record when
+    The others of the same minute and source are counted, in this process, into one record when
     the minute ends.
     """
 
@@ -36,16 +40,15 @@ class Claims:
         self._audit = audit
         self._clock = clock
         self._window = window
-        self._minutes: dict[str | None, _Minute] = {}
+        self._minutes: dict[_Source, _Minute] = {}
         self._writing: set[asyncio.Task[None]] = set()
 
     def has_room(self, claim: AuditRecord) -> bool:
         """Return whether this claim may be recorded; if not, it has been counted."""
-        metrics.unknown_tokens.inc()
-        reporter = claim.actor_id
-        if (minute := self._minutes.get(reporter)) is None:
-            minute = self._minutes[reporter] = _Minute()
-            asyncio.get_running_loop().call_later(self._window, self._end, reporter)
+        source = (claim.actor_id, claim.kid if claim.action == Action.TOKEN_FORGED else None)
+        if (minute := self._minutes.get(source)) is None:
+            minute = self._minutes[source] = _Minute()
+            asyncio.get_running_loop().call_later(self._window, self._end, source)
         if minute.taken < MAX_CLAIMS:
             minute.taken += 1
             return True
@@ -55,20 +58,24 @@ class Claims:
 
     async def drain(self) -> None:
         """Return when all that was counted is on record; for an orderly stop."""
-        for reporter in tuple(self._minutes):
-            self._end(reporter)
+        for source in tuple(self._minutes):
+            self._end(source)
         await asyncio.gather(*self._writing)
 
-    def _end(self, reporter: str | None) -> None:
-        minute = self._minutes.pop(reporter, None)
+    def _end(self, source: _Source) -> None:
+        minute = self._minutes.pop(source, None)
         if minute is None or minute.last is None:
             return
         # One of many, and without what only that one claimed.
         record = msgspec.structs.replace(
             minute.last,
             id=new_record_id(self._clock()),
+            service_user_id=None,
+            service_user=None,
+            source_system=None,
+            credential_id=None,
             actor_version=None,
-            kid=None,
+            kid=source[1],
             jti=None,
             occurred_at=None,
             signing_input_sha256=None,

@@ -31,6 +31,7 @@ _ACCEPT: Final = (
     "Nothing is issued until the database is the right one again, or an operator accepts this one: "
     "privyseal restore accept --reason"
 )
+_LOOK: Final = "`privyseal audit verify` names the first record that does not fit"
 
 
 class Place(Struct, frozen=True, kw_only=True):
@@ -262,7 +263,7 @@ def _opened(note: bytes, signer: NoteSigner, place: str) -> Checkpoint:
     except NoteRefused as refused:
         raise Broken(
             f"Changed or forked: the newest checkpoint in {place} is none of the audit log "
-            f"{signer.verifier.name} of this database ({refused}). {_ACCEPT}."
+            f"{signer.verifier.name} of this database ({refused}). {_LOOK}. {_ACCEPT}."
         ) from None
 
 
@@ -271,5 +272,5 @@ def _require_root(checkpoint: Checkpoint, frontier: Frontier, place: str) -> Non
         raise Broken(
             f"Changed or forked: the first {checkpoint.size:,} records of the audit log "
             f"{checkpoint.origin} are not those that its newest checkpoint {place} was signed "
-            f"over. {_ACCEPT}."
+            f"over. {_LOOK}. {_ACCEPT}."
         )

@@ -62,7 +62,7 @@ class EventStore(Protocol):
         ...
 
 
-class _Call(Struct, frozen=True, kw_only=True):
+class Call(Struct, frozen=True, kw_only=True):
     """A reported call with what was found about its token."""
 
     event: ApiCall
@@ -134,7 +134,7 @@ class EventReports:
 
     async def _look_at(
         self, operator: Operator, events: Sequence[Event]
-    ) -> list[EventResult | JwksLoaded | _Call]:
+    ) -> list[EventResult | JwksLoaded | Call]:
         """Settle what needs no record; say of each other event what is known about its token."""
         now = self._clock()
         refusals = [self._why_not(event, now, operator.service_user.id) for event in events]
@@ -144,23 +144,25 @@ class EventReports:
             if isinstance(event, ApiCall) and not why_not
         ]
         finding = iter(await find(calls, self._tokens))
-        looked_at: list[EventResult | JwksLoaded | _Call] = []
+        looked_at: list[EventResult | JwksLoaded | Call] = []
         for event, why_not in zip(events, refusals, strict=True):
             if why_not:
                 looked_at.append(_refused(event.id, why_not))
             elif isinstance(event, JwksLoaded):
                 looked_at.append(event)
             else:
-                looked_at.append(self._settled(_Call(event=event, finding=next(finding)), operator))
+                looked_at.append(self._settled(Call(event=event, finding=next(finding)), operator))
         return looked_at
 
-    def _settled(self, call: _Call, operator: Operator) -> EventResult | _Call:
+    def _settled(self, call: Call, operator: Operator) -> EventResult | Call:
         """Return the result of a call that gets no record of its own, or else the call."""
         standing = call.finding.standing
         if standing is Standing.SIGNATURE_WANTED:
             return EventResult(id=call.event.id, status=EventStatus.SIGNATURE_WANTED)
-        if standing is Standing.UNKNOWN and not self._claims.has_room(_call_record(call, operator)):
-            return EventResult(id=call.event.id, status=EventStatus.RECORDED)
+        if standing is Standing.UNKNOWN:
+            metrics.unknown_tokens.inc()
+            if not self._claims.has_room(call_record(call, operator)):
+                return EventResult(id=call.event.id, status=EventStatus.RECORDED)
         return call
 
     def _why_not(self, event: Event, now: float, reporter: str) -> str:
@@ -192,7 +194,7 @@ class EventReports:
 
 
 def _record(
-    each: JwksLoaded | _Call, operator: Operator, origin: ClientAddress
+    each: JwksLoaded | Call, operator: Operator, origin: ClientAddress
 ) -> AuditRecord | EventResult:
     if isinstance(each, JwksLoaded):
         return AuditRecord(
@@ -214,11 +216,14 @@ def _record(
         and issued.aud not in operator.service_user.audiences
     ):
         return _refused(each.event.id, "The token is for an audience that is none of yours.")
-    return _call_record(each, operator)
+    return call_record(each, operator)
 
 
-def _call_record(call: _Call, operator: Operator) -> AuditRecord:
-    """Return the record of a call: what was done, or if its token was not issued, that."""
+def call_record(call: Call, operator: Operator | None) -> AuditRecord:
+    """Return the record of a call: what was done, or if its token was not issued, that.
+
+    Without an operator it is the authority that noticed.
+    """
     event, finding = call.event, call.finding
     action = _ACTIONS.get(finding.standing)
     whose: dict[str, str | None] = {}
@@ -241,9 +246,9 @@ def _call_record(call: _Call, operator: Operator) -> AuditRecord:
         jti=event.jti,
         occurred_at=event.occurred_at,
         signing_input_sha256=digest(event),
-        details={} if action is None else {"action": event.action},
+        details={"action": event.action} if action and event.action else {},
         **whose,
-        **operator.as_actor(),
+        **(operator.as_actor() if operator else {}),
         **personal(origin, resource=event.resource, department=event.department),
     )
 
@@ -255,7 +260,7 @@ def _tell_what_is_new(records: Sequence[AuditRecord], verdicts: Sequence[Verdict
         match record.action:
             case Action.TOKEN_FORGED:
                 metrics.forged_tokens.inc()
-                log.critical("token_forged", **_named(record))
+                tell_of_forged(record)
             case Action.TOKEN_UNVERIFIABLE:
                 metrics.unverifiable_tokens.inc()
                 log.error("token_unverifiable", **_named(record))
@@ -263,6 +268,11 @@ def _tell_what_is_new(records: Sequence[AuditRecord], verdicts: Sequence[Verdict
                 log.warning("token_unknown", **_named(record))
             case _:
                 pass
+
+
+def tell_of_forged(record: AuditRecord) -> None:
+    """Say in the log what no operator may miss."""
+    log.critical("token_forged", **_named(record))
 
 
 def _named(record: AuditRecord) -> dict[str, str | None]:

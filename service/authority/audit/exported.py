@@ -7,7 +7,7 @@ Opens no file: lines come in as they were read, in blocks that processes of thei
 
 import math
 import re
-from base64 import b64decode
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from keys.checkpoint import NoteRefused, NoteVerifier
 from service.authority.audit.archive import Unreadable
-from service.authority.audit.export import LogHeader
+from service.authority.audit.export import LogHeader, for_all_readers
 from service.authority.audit.merkle import Node
 from service.authority.audit.record import StoredRecord
 from service.authority.audit.verify import (
@@ -33,13 +33,13 @@ from service.authority.audit.verify import (
     Placed,
     Subtree,
     claim_of,
+    placed_subtree,
 )
 
-_MAX_LEVEL: Final = 62
-_OWN: Final = "its own checkpoint"
-
-_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_COMMIT_ORDER: Final = re.compile(r"[0-9]{1,18}")
+_CURSOR: Final = re.compile(r"([0-9]{1,18})\.([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
+_SIZE: Final = re.compile(r"[0-9]{1,19}")
+_BRIEF: Final = 200
+"""Characters that are shown of what a file says."""
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _from_hex = bytes.fromhex
@@ -56,15 +56,17 @@ _ExportedLine: Any = msgspec.defstruct(
     frozen=True,
     kw_only=True,
     forbid_unknown_fields=True,
+    omit_defaults=True,
     gc=False,
 )
 _decoder: Any = msgspec.json.Decoder(_ExportedLine)
 _decode_line, _decode_lines = _decoder.decode, _decoder.decode_lines
-_NoRecord: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_encode_lines = msgspec.json.Encoder().encode_lines
+_NoRecord: Final = (msgspec.DecodeError, ValueError, OverflowError, RecursionError)
 """What a line raises that is none."""
 
 
-class _Header(LogHeader, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _Header(LogHeader, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     proof: tuple[Node, ...] = ()
 
 
@@ -79,13 +81,20 @@ class Pinning(Struct, frozen=True, kw_only=True):
     outside: Sequence[Claim]
 
 
+class Heading(Struct, frozen=True, kw_only=True):
+    """What the line says that records come under; nothing of it is verified."""
+
+    unverified_origin: str
+    unverified_size: float
+    """How many leaves the checkpoint is of: infinite if it does not say."""
+
+
 class Block(Struct, frozen=True, kw_only=True):
     """Some lines of an export, in order, of one log; a process of its own can examine them."""
 
-    header: bytes
-    """The line that the records of this log come under."""
-    begins: bool
-    """Whether these lines come right after it."""
+    heading: Heading
+    header: bytes | None
+    """The line that says so, if these lines come right after it."""
     first_line: int
     lines: int
     """How many there are."""
@@ -96,8 +105,7 @@ class Block(Struct, frozen=True, kw_only=True):
 def examine(block: Block, lines: bytes) -> list[Part]:
     """Return what is in these lines, in order; what is between two parts is missing, or twice.
 
-    Some hundred are faster than thousands, which no cache would hold. Raise Unreadable if the
-    header makes no sense.
+    Some hundred are faster than thousands, which no cache would hold.
     """
     return _Examined(block).of(lines)
 
@@ -109,11 +117,11 @@ class ExportCheck:
         self._pinning = pinning
         self._reports: list[LogReport] = []
         self._check: LogCheck | None = None
-        self._at = self._size = 0
+        self._at = 0
 
     def add(self, block: Block, parts: Iterable[Part]) -> None:
         """Take the next block; raise Unreadable, and whatever `pinning` raises."""
-        if block.begins:
+        if block.header is not None:
             self._end()
             self._check = self._begun(_header(block.header))
         assert self._check is not None
@@ -131,23 +139,20 @@ class ExportCheck:
 
     def _begun(self, header: _Header) -> LogCheck:
         pinned = self._pinning(header.log_origin)
-        self._at = self._size = 0
+        self._at = 0
         note = header.checkpoint.encode()
         try:
-            own = claim_of(note, pinned.verifier, place=_OWN, outside=False)
+            own = claim_of(note, pinned.verifier, place="its own checkpoint", outside=False)
         except NoteRefused as refused:
-            check = LogCheck(header.log_origin, 0, archive=True)
+            check = LogCheck(header.log_origin, 0)
             words = f"The export's own checkpoint is not one of this log: {refused}."
             check.report(Finding(flaw=Flaw.CHECKPOINT, words=words))
             check.give_up()
             return check
-        self._size = own.size
-        return LogCheck(header.log_origin, own.size, outside=pinned.outside, archive=True)
+        return LogCheck(header.log_origin, own.size, outside=pinned.outside, own=own)
 
     def _end(self) -> None:
         if self._check is not None:
-            if self._at < self._size:
-                self._gap(self._check, self._size)
             self._reports.append(self._check.finish())
 
     def _placed(self, part: Part) -> Part:
@@ -172,34 +177,33 @@ class _Examined:
     """Turns lines into parts: neighbours in the log together, and what lies between them."""
 
     def __init__(self, block: Block) -> None:
-        header = _header(block.header)
         self._block = block
-        self._origin = header.log_origin
-        self._claims = _unverified_claims(header.checkpoint)
-        self._size = min((own.size for own in self._claims), default=math.inf)
+        self._origin = block.heading.unverified_origin
+        self._size = block.heading.unverified_size
         self._parts: list[Part] = []
         self._at = 0
         self._run: list[Placed] = []
-        if block.begins:
-            self._prove(header.proof)
+        if block.header is not None:
+            self._prove(_header(block.header).proof, block.first_line - 1)
 
     def of(self, lines: bytes) -> list[Part]:
-        for number, record in enumerate(_records(lines, self._block.lines)):
+        records = _records(lines, self._block.lines)
+        for line, record in enumerate(records, start=self._block.first_line):
             if isinstance(record, _NoRecord):
                 self._examine()
-                line = self._block.first_line + number
-                words = f"Line {line:,} is no record of an export ({record})."
+                words = f"Line {line:,} is no record of an export ({_brief(record)})."
                 self._found(Finding(flaw=Flaw.EDITED, words=words))
             else:
-                self._take(record)
+                self._take(record, line)
         self._examine()
         return self._parts
 
-    def _take(self, record: Any) -> None:
+    def _take(self, record: Any, line: int) -> None:
         index: int | None = record.leaf_index
         if index is None or index >= self._size:
             self._examine()
-            words = f"Record {record.id} has no place under this checkpoint: nothing proves it."
+            named = f"Record {_brief(record.id)} of line {line:,}"
+            words = f"{named} has no place under this checkpoint: nothing proves it."
             finding = Finding(flaw=Flaw.INSERTED, words=words, index=index)
             self._parts.append(_part(self._at, findings=[finding]))
         else:
@@ -212,12 +216,12 @@ class _Examined:
             # TypeError: a time that has no offset.
             except (ValueError, TypeError) as error:
                 self._examine()
-                words = f"Record {index:,} ({record.id}) was edited: {error}."
+                words = f"Record {index:,} ({_brief(record.id)}) was edited: {_brief(error)}."
                 self._found(Finding(flaw=Flaw.EDITED, words=words, index=index))
                 self._add([Subtree(0, record.leaf_hash)] if record.leaf_hash else [])
         if record.proof:
             self._examine()
-            self._prove(record.proof)
+            self._prove(record.proof, line)
 
     def _examine(self) -> None:
         """Examine the neighbours that were collected."""
@@ -227,21 +231,35 @@ class _Examined:
         start, stop = self._at, self._at + len(run)
         examination = Examination(start, stop)
         examination.add(run)
-        cuts = [cut for cut in self._block.cuts if start < cut <= stop]
-        self._parts.append(examination.part(claims=self._claims, cuts=cuts))
+        cuts = self._block.cuts
+        cuts = cuts[bisect_right(cuts, start) : bisect_right(cuts, stop)]
+        self._parts.append(examination.part(cuts=cuts))
         self._at = stop
 
-    def _prove(self, proof: Iterable[Node]) -> None:
-        """Take the roots over leaves that are not in the export."""
-        for node in proof:
-            level = min(max(node.level, 0), _MAX_LEVEL)
-            self._at = max(node.index, 0) << level
-            self._add([Subtree(level, node.hash)])
+    def _prove(self, proof: Sequence[Node], line: int) -> None:
+        """Take the roots over neighbours that are not in the export."""
+        if not proof:
+            return
+        roots: list[Subtree] = []
+        try:
+            self._at, _ = placed_subtree(proof[0])
+            at = self._at
+            for node in proof:
+                start, root = placed_subtree(node)
+                if start != at:
+                    raise ValueError("its nodes are no neighbours")
+                roots.append(root)
+                at += 1 << root.level
+        except ValueError as error:
+            words = f"The proof of line {line:,} makes no sense: {error}."
+            self._found(Finding(flaw=Flaw.EDITED, words=words))
+        else:
+            self._add(roots)
 
     def _add(self, subtrees: Sequence[Subtree]) -> None:
-        start = self._at
-        self._at += sum(1 << subtree.level for subtree in subtrees)
-        self._parts.append(_part(start, subtrees, claims=self._claims))
+        part = _part(self._at, subtrees)
+        self._parts.append(part)
+        self._at = part.stop
 
     def _found(self, finding: Finding) -> None:
         """Add what leaves no head to be computed."""
@@ -250,36 +268,55 @@ class _Examined:
 
 def _records(lines: bytes, count: int) -> Sequence[Any]:
     """Return what each of so many lines says, an error where it is no record."""
+    lines = lines.removesuffix(b"\n")
     with suppress(*_NoRecord):
         # All at once, without cutting them first; what is no line of its own shows in the number.
-        if len(records := _decode_lines(lines)) == count:
+        if len(records := _decode_lines(lines)) == count and _spelt(records) == lines:
             return records
-    return [_record_or_error(line) for line in lines.splitlines()]
+    return [_record_or_error(line) for line in lines.split(b"\n")]
 
 
 def _record_or_error(line: bytes) -> Any:
     try:
-        return _decode_line(line)
+        record = _decode_line(line)
+        if _spelt([record]) != line:
+            raise ValueError("an export writes it in another way")
+        return record
     except _NoRecord as error:
         return error
 
 
+def _spelt(lines: Sequence[Any]) -> bytes:
+    """Return the one way to write lines: whatever else they could be read from may be read as
+    something else, too."""
+    return for_all_readers(_encode_lines(lines)).removesuffix(b"\n")
+
+
 def _header(line: bytes) -> _Header:
     try:
-        return _decode_header(line)
-    except msgspec.DecodeError as error:
-        raise Unreadable(f"It has a checkpoint that makes no sense ({error}).") from None
+        header = _decode_header(line)
+        if _spelt([header]) != line.removesuffix(b"\n"):
+            raise ValueError("an export writes it in another way")
+        return header
+    except _NoRecord as error:
+        words = f"It has a checkpoint that makes no sense ({_brief(error)})."
+        raise Unreadable(words) from None
 
 
-def _unverified_claims(note: str) -> list[Claim]:
-    """Return what a checkpoint says; whoever joins the parts verifies it."""
-    try:
-        _, size, root, *_ = note.split("\n")
-        return [
-            Claim(size=int(size), root=b64decode(root, validate=True), place=_OWN, outside=False)
-        ]
-    except ValueError:
-        return []
+def heading_of(header: bytes) -> Heading:
+    """Return what records come under; raise Unreadable if the line makes no sense."""
+    decoded = _header(header)
+    _, _, text = decoded.checkpoint.partition("\n")
+    size, _, _ = text.partition("\n")
+    return Heading(
+        unverified_origin=decoded.log_origin,
+        unverified_size=int(size) if _SIZE.fullmatch(size) else math.inf,
+    )
+
+
+def _brief(text: object) -> str:
+    """Return the beginning of what a file says: a line may be long."""
+    return str(text)[:_BRIEF]
 
 
 def _part(
@@ -288,7 +325,6 @@ def _part(
     *,
     whole: bool = True,
     findings: Sequence[Finding] = (),
-    claims: Sequence[Claim] = (),
 ) -> Part:
     return Part(
         start=start,
@@ -302,19 +338,23 @@ def _part(
         last=None,
         findings=findings,
         flaws=len(findings),
-        claims=claims,
     )
 
 
 def _members(line: Any, origin: str) -> Sequence[Any]:
     """Return what the leaf of a line is made of; raise ValueError saying what cannot be true."""
-    commit_order, _, record_id = line.cursor.partition(".")
+    cursor = _CURSOR.fullmatch(line.cursor)
+    if cursor is None or cursor[2] != line.id:
+        raise ValueError("its cursor is that of another record, or of none")
     occurred_at, personal_sha256 = line.occurred_at, line.personal_sha256
     signing_input_sha256 = line.signing_input_sha256
-    if not _ID.fullmatch(line.id):
-        raise ValueError("its id is none")
-    if not _COMMIT_ORDER.fullmatch(commit_order) or record_id != line.id:
-        raise ValueError("its cursor is that of another record")
+    jti = line.jti
+    if line.exp is not None:
+        if jti is None:
+            raise ValueError("it is an issuance and does not show its jti")
+        if jti == line.id:
+            # An issuance is shown with its own id there.
+            jti = None
     if line.log_origin != origin:
         raise ValueError("it says to be of another log")
     if line.leaf_hash is None:
@@ -325,18 +365,17 @@ def _members(line: Any, origin: str) -> Sequence[Any]:
         line.actor_credential_id,
         line.actor_id,
         line.aud,
-        commit_order,
+        cursor[1],
         line.credential_id,
         line.details,
         line.exp,
         line.iat,
         line.id,
-        # An issuance is shown with its own id there.
-        None if line.exp is not None and line.jti == line.id else line.jti,
+        jti,
         line.kid,
         occurred_at and (occurred_at - _EPOCH) // _MICROSECOND,
         line.outcome,
-        personal_sha256 and _from_hex(personal_sha256),
+        personal_sha256 and _bytes(personal_sha256),
         line.reason,
         (line.recorded_at - _EPOCH) // _MICROSECOND,
         line.repeats,
@@ -344,7 +383,7 @@ def _members(line: Any, origin: str) -> Sequence[Any]:
         line.scope,
         line.service_user,
         line.service_user_id,
-        signing_input_sha256 and _from_hex(signing_input_sha256),
+        signing_input_sha256 and _bytes(signing_input_sha256),
         line.source_system,
         1,
         line.version,
@@ -357,4 +396,12 @@ def _personal(line: Any) -> tuple[Any, ...] | None:
     values = (line.client_address, line.user_agent, line.resource, line.department)
     if salt is None and values == (None, None, None, None):
         return None
-    return (line.id, _from_hex(salt or ""), *values)
+    return (line.id, _bytes(salt or ""), *values)
+
+
+def _bytes(digits: str) -> bytes:
+    """Return what was written in hex; raise ValueError if it was not in the one way."""
+    decoded = _from_hex(digits)
+    if decoded.hex() != digits:
+        raise ValueError("a digest or salt of it is not in hex of lower case")
+    return decoded

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, Protocol
+from uuid import UUID
 
 import msgspec
 import structlog
@@ -23,6 +24,9 @@ MAX_QUEUED: Final = 4096
 MAX_QUEUED_REFUSALS: Final = 1024
 REPEAT_WINDOW: Final = 1.0
 _RECONNECT_DELAYS: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+_Equal = tuple[str | UUID | None, ...]
+"""What refusals have in common that are counted together."""
 
 log = structlog.stdlib.get_logger()
 
@@ -76,7 +80,7 @@ class AuditLog:
         self._refusals: deque[_Waiting] = deque()
         self._under_way = 0
         self._arrived = asyncio.Event()
-        self._repeats: dict[tuple[str | None, ...], _Repeat] = {}
+        self._repeats: dict[_Equal, _Repeat] = {}
 
     @property
     def available(self) -> bool:
@@ -121,12 +125,13 @@ class AuditLog:
 
     async def _append_refusal(self, record: AuditRecord) -> bool:
         """Equal refusals of one second share a record; each is compared with what is in force."""
-        key = (
+        key: _Equal = (
             record.client_address,
             # Ids that nobody has are as good as one: else each would be a record of its own.
             None if record.version == 0 else record.service_user_id,
             record.credential_id,
             record.kid,
+            record.jti,
             record.actor_id,
             record.action,
             record.reason,
@@ -142,7 +147,7 @@ class AuditLog:
         repeat.count += current
         return current
 
-    def _end_repeats(self, key: tuple[str | None, ...]) -> None:
+    def _end_repeats(self, key: _Equal) -> None:
         repeat = self._repeats.pop(key, None)
         if repeat is None or repeat.count == 0:
             return

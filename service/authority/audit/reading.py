@@ -26,7 +26,7 @@ from service.authority.model import AdminScope, Clock
 from service.authority.operators import Operator
 
 ALARM_DAYS: Final = 7
-"""For how long a token that was never issued here is told of."""
+"""For how long a token that is on no record is told of."""
 MAX_ALARMS: Final = 5
 """So many of each kind are told of."""
 PLACED_WITHIN: Final = 60.0
@@ -45,9 +45,10 @@ class CheckedLog(ProvableLog, Protocol):
 
 
 class Alarms(Struct, frozen=True, kw_only=True):
-    """Tokens that were reported lately and never issued, the newest first."""
+    """Tokens that were reported lately and are on no record, the newest first."""
 
     forged: Sequence[StoredRecord] = ()
+    unverifiable: Sequence[StoredRecord] = ()
     unknown: Sequence[StoredRecord] = ()
 
 
@@ -73,12 +74,14 @@ def readable(operator: Operator, wanted: RecordFilter) -> RecordFilter:
     """Return what of `wanted` this one may read; raise Forbidden.
 
     With `audit:read` that is all of it. Whoever may administer nothing reads what is on record of
-    itself, whatever it asks for.
+    itself, whatever it asks for, and finds nothing by what `_shown` may hide.
     """
     if operator.scopes:
         operator.require(AdminScope.AUDIT_READ)
         return wanted
-    return replace(wanted, service_user=operator.service_user.id)
+    return replace(
+        wanted, service_user=operator.service_user.id, client_address=None, user_agent=None
+    )
 
 
 def may_export(operator: Operator) -> bool:
@@ -168,6 +171,7 @@ class AuditReading:
             return Alarms()
         return Alarms(
             forged=await self._lately(operator, Action.TOKEN_FORGED),
+            unverifiable=await self._lately(operator, Action.TOKEN_UNVERIFIABLE),
             unknown=await self._lately(operator, Action.TOKEN_UNKNOWN),
         )
 

@@ -177,7 +177,7 @@ class RecordFilter(Struct, frozen=True, kw_only=True):
     """Which records to read; what is None does not count.
 
     `service_user` and `actor` are ids or names; `jti` finds the issuance of a token and every call
-    made with it; `resource` is a prefix.
+    made with it; `user_agent` and `resource` are prefixes.
     """
 
     id: UUID | None = None
@@ -193,6 +193,7 @@ class RecordFilter(Struct, frozen=True, kw_only=True):
     jti: UUID | None = None
     kid: str | None = None
     client_address: str | None = None
+    user_agent: str | None = None
     department: str | None = None
     resource: str | None = None
     since: datetime | None = None
@@ -208,7 +209,7 @@ class RecordFilter(Struct, frozen=True, kw_only=True):
         }
 
 
-_PERSONAL: Final = frozenset({"client_address", "department", "resource"})
+_PERSONAL: Final = frozenset({"client_address", "user_agent", "department", "resource"})
 
 
 class RecordReader(Protocol):

@@ -11,7 +11,7 @@ from uuid import UUID
 from msgspec import Meta, Struct
 
 from service.authority.audit.record import Outcome
-from service.authority.model import KID, PRINTABLE
+from service.authority.model import ACTION, KID, PRINTABLE
 
 # RFC 9562 §5.7, in its one canonical spelling.
 EventId = Annotated[
@@ -35,9 +35,7 @@ Digest = Annotated[
 ]
 # RSA keys of up to 8192 bits.
 Signature = Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,1366}$")]
-ReportedAction = Annotated[
-    str, Meta(pattern=r"^[a-z_]{1,32}\.[a-z_]{1,32}$", examples=["document.ingest"])
-]
+ReportedAction = Annotated[str, Meta(pattern=ACTION, examples=["document.ingest"])]
 Resource = Annotated[str, Meta(max_length=300, extra_json_schema=PRINTABLE)]
 RequestId = Annotated[str, Meta(max_length=128, extra_json_schema=PRINTABLE)]
 Address = Annotated[str, Meta(max_length=64, extra_json_schema=PRINTABLE)]

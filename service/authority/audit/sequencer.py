@@ -4,6 +4,7 @@ Changes no record, and no exchange waits for it.
 """
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
@@ -40,6 +41,10 @@ MAX_GROWTH: Final = 10_000
 """Records under one new head, when there are more than that to catch up with."""
 
 log = structlog.stdlib.get_logger()
+# Whatever LOG_LEVEL is: where logs are collected, a checkpoint is evidence outside the database.
+published: Final = structlog.wrap_logger(
+    None, wrapper_class=structlog.make_filtering_bound_logger(logging.INFO)
+)
 
 
 class Growth(Struct, frozen=True, kw_only=True):
@@ -159,7 +164,7 @@ class Sequencer:
             return False
         self._continuity.grown(head)
         await self._keep(standing.log.number, head)
-        log.info("checkpoint", note=head.note.decode())
+        published.info("checkpoint", note=head.note.decode())
         return len(ids) >= MAX_GROWTH
 
     def _sign(self, standing: Standing, frontier: Frontier, reached: Place) -> Head:

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, TypeAlias
 from uuid import UUID
@@ -20,11 +20,15 @@ import msgspec
 from msgspec import Struct
 
 from keys.checkpoint import Checkpoint, NoteVerifier
-from service.authority.audit.leaf import Leaf, NotEncodable, require_encodable
-from service.authority.audit.merkle import EMPTY_ROOT, STORED_EVERY, Node, node_hash
+from service.authority.audit.leaf import Leaf, require_encodable
+from service.authority.audit.merkle import EMPTY_ROOT, HASH_BYTES, STORED_EVERY, Node, node_hash
 
 MAX_FINDINGS: Final = 20
 """Findings of one part that are told in words; the others are only counted."""
+MAX_LEVEL: Final = 62
+"""Of a subtree: a log has at most 2^63 - 1 leaves."""
+KEPT_DAYS: Final = 7
+"""Days after its end that a month stays: until then, calls of that month may be reported."""
 
 _sha256 = hashlib.sha256
 # RFC 6962 §2.1: before every leaf. A copy of what has taken it already costs less than a new one.
@@ -142,7 +146,8 @@ class Examination:
                 continue
             try:
                 digest = self._digest(members)
-            except NotEncodable as error:
+            # NotEncodable, a number that no leaf holds, objects within objects without end.
+            except (ValueError, OverflowError, RecursionError) as error:
                 self._found(Flaw.EDITED, index, leaf_id, f"was edited: {error}")
                 continue
             if digest != leaf_hash:
@@ -191,7 +196,7 @@ class Examination:
         )
 
     def _digest(self, members: Sequence[Any]) -> bytes:
-        """Return the hash of the leaf of its members; raise NotEncodable."""
+        """Return the hash of the leaf of its members; raise what `encoded` raises."""
         # Into the same memory each time: half of what encoding costs is to find some for the bytes.
         _encode_into(_by_position(members), self._buffer)
         return leaf_digest(self._buffer)
@@ -265,13 +270,17 @@ class LogCheck:
     """Joins the parts of a log, in order, and compares its heads with every checkpoint."""
 
     def __init__(
-        self, origin: str, size: int, *, outside: Sequence[Claim] = (), archive: bool = False
+        self, origin: str, size: int, *, outside: Sequence[Claim] = (), own: Claim | None = None
     ) -> None:
-        """`archive` means that there are no stored hashes to compare with, and that the leaves of
-        other months come as subtrees, which a checkpoint may fall into."""
+        """`own` is the checkpoint that a file came with, of the same size. Then there are no stored
+        hashes to compare with, and leaves that the file lacks come as subtrees, which a checkpoint
+        from outside may fall into."""
         self._origin, self._size = origin, size
-        self._archive = archive
+        self._own = own
         self._outside = sorted(outside, key=lambda claim: claim.size)
+        given = self._outside if own is None else [*outside, own]
+        self._given = sorted(given, key=lambda claim: claim.size)
+        self._sizes = [claim.size for claim in self._given]
         self._tree = JoinedTree()
         # Up to where it agrees with checkpoints from outside; with those in the database, which
         # are worth as much as the rest of it.
@@ -283,20 +292,22 @@ class LogCheck:
         self._findings: list[Finding] = []
         self._refuted: set[str] = set()
         self._compared: dict[bool, list[Claim]] = {True: [], False: []}
-        for claim in self._outside:
-            if claim.size == 0:
-                self._compare(claim, EMPTY_ROOT)
+        for claim in self._within(-1, 0):
+            self._compare(claim, EMPTY_ROOT)
 
     def cuts(self, start: int, stop: int) -> list[int]:
-        """Return the sizes within a part at which the tree is compared with outside checkpoints."""
-        return sorted({claim.size for claim in self._outside if start < claim.size <= stop})
+        """Return the sizes within a part at which the tree is compared with checkpoints."""
+        return sorted({claim.size for claim in self._within(start, stop)})
+
+    def _within(self, start: int, stop: int) -> Sequence[Claim]:
+        return self._given[bisect_right(self._sizes, start) : bisect_right(self._sizes, stop)]
 
     def add(self, part: Part) -> None:
         """Take the next part."""
         self._records += part.records
         self._erased += part.erased
         self._archived.update(part.archived)
-        self._findings += part.findings[: MAX_FINDINGS - len(self._findings)]
+        self._findings += part.findings[: max(MAX_FINDINGS - len(self._findings), 0)]
         self._flaws += part.flaws
         if self._last and part.first and part.first < self._last:
             self._found(Flaw.REORDERED, part.start, "Records before {} belong behind it.")
@@ -305,9 +316,8 @@ class LogCheck:
         if not self._whole:
             return
         stored = {(node.level, node.index): node.hash for node in part.nodes}
-        outside = [claim for claim in self._outside if part.start < claim.size <= part.stop]
         claims: dict[int, list[Claim]] = {}
-        for claim in (*outside, *part.claims):
+        for claim in (*self._within(part.start, part.stop), *part.claims):
             claims.setdefault(claim.size, []).append(claim)
         for subtree in part.subtrees:
             for node in self._tree.append(subtree):
@@ -321,13 +331,8 @@ class LogCheck:
 
     def finish(self, *, newest_inside: int | None = None) -> LogReport:
         """Return the report; `newest_inside` is the size that the database's last head has."""
-        for claim in self._outside:
-            if self._archive and claim.size > self._size and self._compared[True]:
-                # Who gives all that are kept gives some that were signed since.
-                break
-            if self._whole and claim not in self._compared[True]:
-                self._not_compared(claim)
-                break
+        if self._own is None or self._is_under(self._own):
+            self._require_compared()
         if newest_inside is not None and newest_inside > self._size:
             self._found(
                 Flaw.CUT,
@@ -354,8 +359,37 @@ class LogCheck:
             agreed_outside=self._agreed[True],
         )
 
+    def _is_under(self, own: Claim) -> bool:
+        """Say whether the whole file was compared with its own checkpoint: nothing else says that
+        any of it was signed."""
+        if not self._whole and self._flaws:
+            return False
+        if self._tree.size < own.size:
+            words = "Record {} is missing from the file, or from its proof."
+            self._found(Flaw.MISSING, self._tree.size, words)
+            return False
+        if self._tree.size > own.size or not self._compared[False]:
+            self._found(
+                Flaw.REWRITTEN,
+                self._agreed[True],
+                f"Its records and its proof are not the tree of its own checkpoint, of {own.size:,}"
+                "; the first bad record is {} or one behind it.",
+            )
+            return False
+        return True
+
+    def _require_compared(self) -> None:
+        compared = {claim.size for claim in self._compared[True]}
+        for claim in self._outside:
+            if self._own and claim.size > self._size and compared:
+                # Who gives all that are kept gives some that were signed since.
+                break
+            if self._whole and claim.size not in compared:
+                self._not_compared(claim)
+                break
+
     def _not_compared(self, claim: Claim) -> None:
-        if self._archive:
+        if self._own:
             self.report(
                 Finding(
                     flaw=Flaw.UNCOMPARED,
@@ -377,13 +411,14 @@ class LogCheck:
     def report(self, finding: Finding) -> None:
         """Add what was found beside the parts."""
         self._flaws += 1
-        self._findings.append(finding)
+        if len(self._findings) < 2 * MAX_FINDINGS:
+            self._findings.append(finding)
 
     def _found(self, flaw: Flaw, index: int, words: str) -> None:
         self.report(Finding(flaw=flaw, words=words.format(f"{index:,}"), index=index))
 
     def _compare_stored(self, node: Node, stored: bytes | None) -> None:
-        if self._archive or stored == node.hash or "stored" in self._refuted:
+        if self._own or stored == node.hash or "stored" in self._refuted:
             return
         self._refuted.add("stored")
         start, stop = node.index << node.level, (node.index + 1) << node.level
@@ -457,7 +492,7 @@ class JoinedTree:
 def encoded(members: Sequence[Any]) -> bytes:
     """Return the leaf of its members, which are in the order of `Leaf`.
 
-    The same as `Leaf(…).encode()`; raise NotEncodable.
+    The same as `Leaf(…).encode()`; raise NotEncodable and what msgspec raises.
     """
     return _encode(_by_position(members))
 
@@ -525,9 +560,44 @@ def complete_root(hashes: Sequence[bytes]) -> bytes:
 
 
 def month_of(record_id: str) -> str:
-    """Return the month, such as 2026-10, in whose partition a record is (RFC 9562 §5.7)."""
+    """Return the month, such as 2026-10, in whose partition a record is (RFC 9562 §5.7).
+
+    Nothing if it is none that a calendar has.
+    """
     milliseconds = int(record_id[:8] + record_id[9:13], 16)
-    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m")
+    try:
+        return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m")
+    except ValueError:  # after the year 9999
+        return ""
+
+
+def month_bounds(month: str) -> tuple[datetime, datetime]:
+    """Return when a month such as 2026-10 begins, and when the next one; raise ValueError."""
+    start = datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC)
+    if start.strftime("%Y-%m") != month or not 1970 <= start.year < 9999:
+        raise ValueError("it is no month such as 2026-10")
+    return start, (start + timedelta(days=31)).replace(day=1)
+
+
+def may_be_archived(month: str, *, named_at: datetime, remains: bool) -> bool:
+    """Say whether it can be true what a record says that was written at `named_at`: that a month
+    was archived. Not if it was not over for long then, or if any record of it `remains`: a month
+    goes whole."""
+    try:
+        _, end = month_bounds(month)
+    except ValueError:
+        return False
+    return not remains and named_at >= end + timedelta(days=KEPT_DAYS)
+
+
+def placed_subtree(node: Node) -> tuple[int, Subtree]:
+    """Return the first leaf of a node, and what it is over; raise ValueError if no tree has it."""
+    level, index = node.level, node.index
+    if not 0 <= level <= MAX_LEVEL or not 0 <= index < 1 << (MAX_LEVEL + 1 - level):
+        raise ValueError("no tree has such a node")
+    if len(node.hash) != HASH_BYTES:
+        raise ValueError(f"a hash has {HASH_BYTES} bytes")
+    return index << level, Subtree(level, node.hash)
 
 
 def claim_of(note: bytes, verifier: NoteVerifier, *, place: str, outside: bool) -> Claim:

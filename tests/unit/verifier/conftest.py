@@ -143,6 +143,7 @@ class AuthorityServer:
         self.released.set()
         self.refuses: Callable[[dict[str, Any]], bool] = lambda event: False
         self.malformed: Callable[[dict[str, Any]], bool] = lambda event: False
+        self.malformed_status = 422
         self.wants_signature: Callable[[dict[str, Any]], bool] = lambda event: False
         self.before_answering: Callable[[], None] = lambda: None
         self.tokens: list[str] = []
@@ -203,7 +204,7 @@ class AuthorityServer:
         if not self.tokens or authorization != f"Bearer {self.tokens[-1]}":
             return 401, b"{}", {}
         if len(events) > 1000 or any(self.malformed(event) for event in events):
-            return 422, b'{"detail":"events[0]: expected another"}', {}
+            return self.malformed_status, b'{"detail":"events[0]: expected another"}', {}
         results = [self._take(event) for event in events]
         self.before_answering()
         if answer is None:

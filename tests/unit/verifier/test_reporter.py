@@ -361,13 +361,16 @@ def test_one_who_may_not_report_keeps_the_events_says_so_and_does_not_press(
     assert ("audit:report is missing" if refused == "reports" else "found 401") in warning
 
 
+@pytest.mark.parametrize("status", [400, 413, 422])
 def test_only_the_one_malformed_event_of_a_batch_is_given_up(
     authority: AuthorityServer,
     new_reporter: NewReporter,
     caller: SignedClaims,
     eventually: Eventually,
     caplog: pytest.LogCaptureFixture,
+    status: int,
 ) -> None:
+    authority.malformed_status = status
     authority.malformed = lambda event: event.get("resource") == "documents/77"
     reporter = new_reporter(interval=0.5)
     call(reporter, caller, 1000)  # the first goes alone
@@ -380,6 +383,20 @@ def test_only_the_one_malformed_event_of_a_batch_is_given_up(
     assert resources(authority)[1:] == [f"documents/{n}" for n in range(100) if n != 77]
     (warning,) = caplog.messages
     assert "1 events were refused, the first is " in warning
+
+
+def test_a_400_that_blames_no_event_gives_none_up(
+    authority: AuthorityServer,
+    new_reporter: NewReporter,
+    caller: SignedClaims,
+    eventually: Eventually,
+) -> None:
+    authority.answers.append((400, b"<html>Bad Request</html>", {}))
+    reporter = new_reporter()
+    call(reporter, caller)
+    eventually(lambda: reporter.stats()["report_retries"] == 1)
+    stats = reporter.stats()
+    assert (stats["events_queued"], stats["events_refused"], stats["events_lost"]) == (1, 0, 0)
 
 
 def test_events_that_are_refused_for_good_are_not_repeated_and_told_once(
@@ -464,14 +481,14 @@ def test_the_first_call_is_reported_at_once_and_later_ones_once_an_interval(
     eventually: Eventually,
     tmp_path: Path,
 ) -> None:
-    reporter = new_reporter(interval=0.4, spool=tmp_path / "spool" if spooled else None)
+    reporter = new_reporter(interval=1.0, spool=tmp_path / "spool" if spooled else None)
     started = time.monotonic()
     for number in range(100):
         call(reporter, caller, number)
         time.sleep(0.01)
     eventually(lambda: len(authority.calls()) == 100)
-    assert authority.reported_at[0] - started < 0.4
-    assert len(authority.reports) <= 2 + (time.monotonic() - started) / 0.4
+    assert authority.reported_at[0] - started < 1.0
+    assert len(authority.reports) <= 2 + (time.monotonic() - started) / 1.0
 
 
 @pytest.mark.parametrize("spooled", [False, True])
@@ -494,7 +511,7 @@ def test_a_request_never_waits_for_an_authority_that_says_nothing(
         took.append(time.perf_counter() - started)
     took.sort()
     assert took[len(took) // 2] < 0.0005
-    assert took[-1] < 0.2  # a busy machine; waiting for the authority would take 5 s
+    assert took[-1] < 1  # a busy machine; waiting for the authority would take 5 s
     authority.released.set()
     eventually(lambda: len(authority.calls()) == 2000, 10)
 

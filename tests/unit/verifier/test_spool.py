@@ -47,3 +47,15 @@ def test_a_batch_that_cannot_be_removed_is_forgotten_all_the_same(directory: Pat
     path.mkdir()
     spool.remove([path])
     assert spool.events == 0
+
+
+def test_what_is_larger_than_the_spool_is_not_read_and_counts_as_one_event(directory: Path) -> None:
+    with (directory / "spool-dead" / "a.jsonl").open("wb") as large:
+        large.truncate(1 << 40)
+    spool = Spool(directory, clock=time.time, max_bytes=1000)
+    assert spool.events == 3
+    paths, lines = spool.oldest(10, 1000)
+    assert lines == [b"", b"one", b"two"]
+    spool.remove(paths)
+    assert spool.events == 0
+    spool.write([b"three"])
