@@ -76,9 +76,14 @@ class NoteVerifier:
             raise NoteRefused(f"the signature of {self.name} is wrong") from None
         return text
 
+    def note(self, text: str, signature: bytes) -> bytes:
+        """Return the note of `text` with this key's signature, which is not verified here."""
+        encoded = _base64(self.key_id + signature)
+        return f"{text}\n{_DASH}{self.name} {encoded}\n".encode()
+
 
 class NoteSigner:
-    """The private key of a log."""
+    """The private key of a log, in the memory of this process."""
 
     def __init__(self, name: str, private_key: Ed25519PrivateKey) -> None:
         self._private_key = private_key
@@ -88,9 +93,7 @@ class NoteSigner:
         """Return the signed note of `text`; raise ValueError if a note cannot hold it."""
         if len(text) < 2 or not text.endswith("\n") or _FORBIDDEN.search(text):
             raise ValueError("the text of a note ends in a newline and has no control characters")
-        signature = self._private_key.sign(text.encode())
-        encoded = _base64(self.verifier.key_id + signature)
-        return f"{text}\n{_DASH}{self.verifier.name} {encoded}\n".encode()
+        return self.verifier.note(text, self._private_key.sign(text.encode()))
 
 
 class Checkpoint(Struct, frozen=True, kw_only=True):
@@ -106,11 +109,16 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
         if not 0 <= self.size <= MAX_SIZE or len(self.root) != _HASH_BYTES:
             raise ValueError("a checkpoint has a size and a root of 32 bytes")
 
+    @property
+    def text(self) -> str:
+        """What is signed."""
+        return f"{self.origin}\n{self.size}\n{_base64(self.root)}\n"
+
     def signed(self, signer: NoteSigner) -> bytes:
         """Return the checkpoint as a note; raise ValueError if the key is another log's."""
         if signer.verifier.name != self.origin:
             raise ValueError("a checkpoint is signed under the name of its log")
-        return signer.sign(f"{self.origin}\n{self.size}\n{_base64(self.root)}\n")
+        return signer.sign(self.text)
 
     @classmethod
     def open(cls, note: bytes, verifier: NoteVerifier) -> Self:

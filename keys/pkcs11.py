@@ -1,4 +1,5 @@
-"""Custody of signing keys in an HSM, which a PKCS #11 URI (RFC 7512) names.
+"""Custody of signing keys, and of the audit log's key, in an HSM, which a PKCS #11 URI (RFC 7512)
+names.
 
 Never sees a private half: the token makes it, keeps it and signs with it.
 
@@ -21,10 +22,12 @@ from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 import pkcs11
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey, RSAPublicNumbers
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -34,6 +37,8 @@ from cryptography.hazmat.primitives.serialization import (
 from msgspec import Struct
 from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass, PKCS11Error
 
+from keys.checkpoint import Checkpoint, NoteRefused
+from keys.log_key import KeptLogKey, LogSigner
 from keys.secret import Secret
 from keys.signer import CustodyError, KeptKey, Signer, proven
 from keys.verifier import thumbprint
@@ -44,10 +49,15 @@ LABEL = "privyseal"
 
 _E = 65_537
 _ID_BYTES = 16
+_LOG_ID_BYTES = 16
+"""As many more has the CKA_ID of a log's key: the digest of that log's name."""
 _DEADLINE = 10.0  # seconds, as the next one
 _MAKING_DEADLINE = 120.0
 # DER of DigestInfo for SHA-256 up to the digest itself (RFC 8017 §9.2, note 1).
 _DIGEST_INFO = bytes.fromhex("3031300d060960864801650304020105000420")
+# DER of the object identifier id-Ed25519 (RFC 8410 §3).
+_ED25519 = bytes.fromhex("06032b6570")
+_ED25519_BYTES = 32
 
 _AS_MADE: Mapping[Attribute, bool] = {
     Attribute.TOKEN: True,
@@ -141,7 +151,8 @@ class KeyAddress(Struct, frozen=True, kw_only=True):
     def parse(cls, uri: str) -> "KeyAddress":
         """Read what `str()` wrote; raise CustodyError for anything else."""
         path, query = _components(uri)
-        if path.keys() != {"token", "id"} or query or len(path["id"]) != _ID_BYTES:
+        lengths = (_ID_BYTES, _ID_BYTES + _LOG_ID_BYTES)
+        if path.keys() != {"token", "id"} or query or len(path["id"]) not in lengths:
             raise CustodyError(f"{uri} does not name a key that was made here")
         return cls(token=_text("token", path["token"]), id=path["id"])
 
@@ -185,6 +196,28 @@ class Pkcs11Custody:
         """Return a signer whose first signature verified under the public half."""
         address = KeyAddress.parse(kept.uri)
         return await proven(kept, Pkcs11Signer(self._token, self._thread, address, kept))
+
+    async def new_log_key(self, origin: str) -> KeptLogKey:
+        """Make a pair in the token; its CKA_ID says for which log."""
+        label, key_id, public_key = await self._thread.run(lambda: self._token.make_log_key(origin))
+        kept = KeptLogKey(
+            origin=origin, uri=str(KeyAddress(token=label, id=key_id)), public_key=public_key
+        )
+        try:
+            await self.open_log_key(kept)
+        except CustodyError:
+            await self.destroy(kept.uri)
+            raise
+        return kept
+
+    async def open_log_key(self, kept: KeptLogKey) -> LogSigner:
+        """Return a signer whose first signature verified under the public half."""
+        address = KeyAddress.parse(kept.uri)
+        if address.id[_ID_BYTES:] != _log_id(kept.origin):
+            raise CustodyError(f"{address} was not made for this log")
+        signer = Pkcs11LogSigner(self._token, self._thread, address, kept)
+        await signer.sign(os.urandom(32))
+        return signer
 
     async def destroy(self, uri: str) -> None:
         """Destroy both halves and every copy; return once the token has none left."""
@@ -238,6 +271,41 @@ class Pkcs11Signer:
     async def sign(self, data: bytes) -> bytes:
         """Sign in the token."""
         return await self._thread.run(lambda: self._token.sign(self._address, self._kept, data))
+
+
+class Pkcs11LogSigner:
+    """A log's private key in a token."""
+
+    def __init__(
+        self, token: "_Token", thread: "_ModuleThread", address: KeyAddress, kept: KeptLogKey
+    ) -> None:
+        self._token = token
+        self._thread = thread
+        self._address = address
+        self.verifier: Final = kept.verifier
+
+    async def signed(self, checkpoint: Checkpoint) -> bytes:
+        """Sign in the token."""
+        note = self.verifier.note(checkpoint.text, await self.sign(checkpoint.text.encode()))
+        try:
+            Checkpoint.open(note, self.verifier)
+        except NoteRefused as refused:
+            raise CustodyError(f"it signs no checkpoint of another log: {refused}") from None
+        return note
+
+    async def sign(self, data: bytes) -> bytes:
+        """Return the Ed25519 signature of `data` once it has verified.
+
+        A checkpoint with another one would be kept for ever, and stop everything.
+        """
+        signature = await self._thread.run(lambda: self._token.sign_for_log(self._address, data))
+        try:
+            self.verifier.public_key.verify(signature, data)
+        except InvalidSignature:
+            raise CustodyError(
+                "what its token signs does not verify under its public half"
+            ) from None
+        return signature
 
 
 class _ModuleThread:
@@ -321,6 +389,17 @@ class _Token:
         """Return the signature of `data` by the private half of `kept`."""
         return self._healing(
             lambda session: self._signed(session, address, kept, data),
+            searches=address not in self._private_keys,
+        )
+
+    def make_log_key(self, origin: str) -> tuple[str, bytes, Ed25519PublicKey]:
+        """Make a log's pair; return the token's label, its CKA_ID and its public half."""
+        return self._healing(lambda session: _made_log_key(session, origin))
+
+    def sign_for_log(self, address: KeyAddress, data: bytes) -> bytes:
+        """Return the Ed25519 signature of `data`."""
+        return self._healing(
+            lambda session: self._signed_for_log(session, address, data),
             searches=address not in self._private_keys,
         )
 
@@ -429,6 +508,11 @@ class _Token:
         digest_info = _DIGEST_INFO + hashlib.sha256(data).digest()
         return key.sign(digest_info, mechanism=Mechanism.RSA_PKCS)
 
+    def _signed_for_log(self, session: pkcs11.Session, address: KeyAddress, data: bytes) -> bytes:
+        if (key := self._private_keys.get(address)) is None:
+            key = self._private_keys[address] = _log_private_key(session, address)
+        return key.sign(data, mechanism=Mechanism.EDDSA)
+
     def _destroyed(self, session: pkcs11.Session, address: KeyAddress) -> None:
         _refuse_other_token(session, address)
         self._private_keys.pop(address, None)
@@ -464,9 +548,62 @@ def _made(session: pkcs11.Session, bits: int) -> tuple[bytes, RSAPublicKey]:
     return key_id, public_key
 
 
+def _made_log_key(session: pkcs11.Session, origin: str) -> tuple[str, bytes, Ed25519PublicKey]:
+    needed = {Mechanism.EC_EDWARDS_KEY_PAIR_GEN, Mechanism.EDDSA}
+    if not needed <= set(session.token.slot.get_mechanisms()):
+        raise CustodyError(
+            "the token has no Ed25519 (CKM_EC_EDWARDS_KEY_PAIR_GEN and CKM_EDDSA), which the audit "
+            "log's key needs: let that one be made in the database, with "
+            "PRIVYSEAL_KEY_CUSTODY=local: for this once"
+        )
+    key_id = os.urandom(_ID_BYTES) + _log_id(origin)
+    curve = session.create_domain_parameters(
+        KeyType.EC_EDWARDS, {Attribute.EC_PARAMS: _ED25519}, local=True
+    )
+    public_half, private_half = curve.generate_keypair(
+        id=key_id,
+        label=LABEL,
+        store=True,
+        capabilities=MechanismFlag.SIGN | MechanismFlag.VERIFY,
+        mechanism=Mechanism.EC_EDWARDS_KEY_PAIR_GEN,
+        private_template=dict(_AS_MADE),
+    )
+    # Modules disagree on what is around the point: an OCTET STRING, a BIT STRING or nothing.
+    point: bytes = public_half[Attribute.EC_POINT][-_ED25519_BYTES:]
+    if wrong := _disobedience(private_half):
+        for half in _halves(session, key_id):
+            half.destroy()
+        raise CustodyError(f"the token did not make the key as told: {'; '.join(wrong)}")
+    return session.token.label, key_id, Ed25519PublicKey.from_public_bytes(point)
+
+
+def _log_id(origin: str) -> bytes:
+    # By it, a database cannot make one log's key sign for another, for which any row could be made.
+    return hashlib.sha256(b"privyseal audit log\n" + origin.encode()).digest()[:_LOG_ID_BYTES]
+
+
+def _log_private_key(session: pkcs11.Session, address: KeyAddress) -> pkcs11.SignMixin:
+    _refuse_other_token(session, address)
+    template = {
+        Attribute.CLASS: ObjectClass.PRIVATE_KEY,
+        Attribute.KEY_TYPE: KeyType.EC_EDWARDS,
+        Attribute.ID: address.id,
+    }
+    for key in session.get_objects(template):
+        if wrong := _disobedience(key):
+            raise CustodyError(f"it is not safe in its token: {'; '.join(wrong)}")
+        assert isinstance(key, pkcs11.SignMixin)  # its CKA_SIGN is true
+        return key
+    raise CustodyError("the token does not hold its private half")
+
+
 def _private_key(session: pkcs11.Session, address: KeyAddress, kept: KeptKey) -> pkcs11.SignMixin:
     _refuse_other_token(session, address)
-    template = {Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.ID: address.id}
+    template = {
+        Attribute.CLASS: ObjectClass.PRIVATE_KEY,
+        Attribute.KEY_TYPE: KeyType.RSA,
+        Attribute.ID: address.id,
+    }
     found = list(session.get_objects(template))
     if not found:
         raise CustodyError(f"key {kept.kid}: the token does not hold its private half")

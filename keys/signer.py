@@ -1,4 +1,5 @@
-"""Private halves of signing keys, behind one interface: custody is found by URI.
+"""Private halves of signing keys, and of the audit log's key, behind one interface: custody is
+found by URI.
 
 Never shows a private key: it makes, opens and destroys them, and signs.
 """
@@ -28,6 +29,7 @@ from msgspec.structs import replace
 
 from keys.attestation import attest, require_attested
 from keys.envelope import EnvelopeError, KekReader, KeyEncryptionKeys
+from keys.log_key import KeptLogKey, LocalLogSigner, LogSigner, new_log_key, open_log_key
 from keys.verifier import thumbprint
 
 LOCAL = "local:"
@@ -80,6 +82,17 @@ class Custody(Protocol):
         """
         ...
 
+    async def new_log_key(self, origin: str) -> KeptLogKey:
+        """Make the Ed25519 key of the audit log `origin`."""
+        ...
+
+    async def open_log_key(self, kept: KeptLogKey) -> LogSigner:
+        """Return the signer of a log's key that was made here for that log, under that public half.
+
+        So a database alone can name no other key.
+        """
+        ...
+
     async def destroy(self, uri: str) -> None:
         """Destroy what this custody itself holds of a key; one that is gone is no error."""
         ...
@@ -120,6 +133,28 @@ class LocalCustody:
         """Unseal a private half."""
         private_key = await asyncio.to_thread(unseal, kept, self._keks())
         return await proven(kept, LocalSigner(private_key, self._executor))
+
+    async def new_log_key(self, origin: str) -> KeptLogKey:
+        """Make a key and seal its private half under the first key-encryption key."""
+        signer, sealed = new_log_key(origin, self._keks())
+        return KeptLogKey(
+            origin=origin,
+            uri=LOCAL,
+            public_key=signer.verifier.public_key,
+            sealed_private=sealed,
+        )
+
+    async def open_log_key(self, kept: KeptLogKey) -> LogSigner:
+        """Unseal a private half: it was sealed by who holds a key-encryption key."""
+        if kept.sealed_private is None:
+            raise CustodyError("its private half is not in the store")
+        try:
+            signer = open_log_key(kept.origin, kept.sealed_private, self._keks())
+        except EnvelopeError as error:
+            raise CustodyError(str(error)) from None
+        if signer.verifier.vkey != kept.verifier.vkey:
+            raise CustodyError("its private half does not belong to its public half")
+        return LocalLogSigner(signer)
 
     async def destroy(self, uri: str) -> None:
         """Nothing is held here: the store forgets the sealed half with the change of state."""
@@ -168,6 +203,14 @@ class CustodyBySchemes:
     async def open(self, kept: KeptKey) -> Signer:
         """Open a key where it was made."""
         return await self._custody_of(kept.uri).open(kept)
+
+    async def new_log_key(self, origin: str) -> KeptLogKey:
+        """Make a log's key in the custody that is for new keys."""
+        return await self._for_new_keys.new_log_key(origin)
+
+    async def open_log_key(self, kept: KeptLogKey) -> LogSigner:
+        """Open a log's key where it was made."""
+        return await self._custody_of(kept.uri).open_log_key(kept)
 
     async def destroy(self, uri: str) -> None:
         """Destroy a private half where it was made."""

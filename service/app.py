@@ -250,7 +250,7 @@ class Authority:
             clock=self.clock,
         )
         self._outside = CheckpointFiles(settings.checkpoint_path)
-        self.continuity = Continuity(outside=self._outside, read_keks=read_keks)
+        self.continuity = Continuity(outside=self._outside, log_keys=self._custody)
         self.sequencer = Sequencer(
             connect=lambda: postgres_log(dsn),
             continuity=self.continuity,
@@ -486,6 +486,7 @@ class Authority:
             signing_kid=ring.active.kid if ring.active else None,
             concerns=self.rotator.concerns() if key_ring else (),
             audit_log=self.continuity.broken,
+            sequencer=self.sequencer.trouble,
         )
 
     @asynccontextmanager

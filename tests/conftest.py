@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from keys.envelope import KeyEncryptionKeys
 from keys.secret import Secret
+from keys.signer import LocalCustody
 from service.store.audit_logs import open_log
 from service.store.database import MIGRATING, connect
 from service.store.embedded import DATABASE, OWNER, SUPERUSER, EmbeddedPostgres, Running
@@ -120,7 +122,7 @@ def _server_of_this_run(config: pytest.Config) -> Running:
 
 def _quick_disk() -> str | None:
     """Where making a database takes a tenth of the time, if there is room for those of a run."""
-    memory = "/dev/shm"  # noqa: S108: mkdtemp chooses the name
+    memory = "/dev/shm"
     try:
         free = shutil.disk_usage(memory).free
     except OSError:
@@ -142,7 +144,9 @@ async def open_audit_log(running: Running, origin: str, keks: KeyEncryptionKeys)
     """Open the audit log of a fresh database, as `privyseal migrate` does."""
     connection = await connect(running.owner_dsn, application_name="tests open log")
     try:
-        assert await open_log(connection, origin, keks)
+        with ThreadPoolExecutor(1) as executor:
+            key = await LocalCustody(lambda: keks, executor).new_log_key(origin)
+        assert await open_log(connection, key)
     finally:
         await connection.close(timeout=5)
 

@@ -401,13 +401,14 @@ def rewrap_record(kid: str, now: float) -> AuditRecord:
 
 
 async def rewrap_log_key(store: LogKeyStore, keks: KeyEncryptionKeys, now: float) -> bool:
-    """Seal the audit log's key under the first key-encryption key, on record; say whether it is.
+    """Seal the audit log's key under the first key-encryption key, on record; say whether it is,
+    or needs none because an HSM holds it.
 
     Raise EnvelopeError, StoreUnavailable.
     """
     for _ in range(2):
         current = await store.current()
-        if current is None or keks.seals(current.sealed_private):
+        if current is None or (sealed := current.key.sealed_private) is None or keks.seals(sealed):
             return True
         record = AuditRecord(
             id=new_record_id(now),
@@ -416,7 +417,7 @@ async def rewrap_log_key(store: LogKeyStore, keks: KeyEncryptionKeys, now: float
             actor="privyseal",
             details={"origin": current.origin},
         )
-        after = reseal_log_key(current.origin, current.sealed_private, keks)
+        after = reseal_log_key(current.origin, sealed, keks)
         if await store.reseal(current, after, record):
             return True
     return False

@@ -11,16 +11,16 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from keys.checkpoint import MAX_NOTE_BYTES, NoteVerifier
-from keys.envelope import KekReader, KeyEncryptionKeys
 from keys.keyring import RotationPolicy
-from keys.log_key import new_log_key, open_log_key
-from keys.signer import Custody, CustodyError, KeptKey
+from keys.log_key import KeptLogKey
+from keys.signer import LOCAL, Custody, CustodyError, KeptKey
 from service.authority.audit import Action, AuditRecord, Outcome, new_record_id
 from service.authority.audit.continuity import (
     NO_LOG,
     AuditLogRow,
     Continuity,
     Head,
+    LogKeys,
     LogReader,
     OutsideCheckpoints,
     OutsideNote,
@@ -70,8 +70,7 @@ class Successor(Struct, frozen=True, kw_only=True):
     """The log that goes on, the keys that sign from then on, and what that was decided on."""
 
     closed: Difference
-    verifier: NoteVerifier
-    sealed_private: bytes
+    log_key: KeptLogKey
     revoked_kids: Sequence[str]
     signing: KeptKey
     following: KeptKey
@@ -100,19 +99,21 @@ class RestoreStore(Protocol):
 
 
 async def difference(
-    reader: LogReader, outside: OutsideCheckpoints, read_keks: KekReader
+    reader: LogReader, outside: OutsideCheckpoints, log_keys: LogKeys
 ) -> Difference | None:
     """Return how the database differs from what was signed; None if it does not.
 
-    Raise EnvelopeError if the log's key does not open: then the key-encryption keys are wrong, and
-    nothing can be said of the database. Raise StartRefused before there is a log, or if no log can
-    have a number behind that of what is kept outside; StoreUnavailable, and OSError.
+    Raise CustodyError if the log's key is sealed and does not open: then the key-encryption keys
+    are wrong, and nothing can be said of the database. That an HSM no longer has the log's key is a
+    difference: it may be lost, and only people know. Raise StartRefused before there is a log, or
+    if no log can have a number behind that of what is kept outside; StoreUnavailable, and OSError.
     """
     current = await reader.current()
     if current is None:
         raise StartRefused(NO_LOG)
-    open_log_key(current.origin, current.sealed_private, read_keks())
-    continuity = Continuity(outside=outside, read_keks=read_keks)
+    if current.key.uri == LOCAL:
+        await log_keys.open_log_key(current.key)
+    continuity = Continuity(outside=outside, log_keys=log_keys)
     if await continuity.compare(reader) is not None or continuity.broken is None:
         return None
     found = Difference(
@@ -148,13 +149,11 @@ class Restorer:
         *,
         store: RestoreStore,
         custody: Custody,
-        keks: KeyEncryptionKeys,
         policy: RotationPolicy,
         key_bits: int,
     ) -> None:
         self._store = store
         self._custody = custody
-        self._keks = keks
         self._policy = policy
         self._key_bits = key_bits
 
@@ -167,30 +166,29 @@ class Restorer:
         checkpoint outside. (Records to which the closed log gave no place come before that one.)
         Raise Conflict if the database keeps changing, CustodyError, StoreUnavailable.
         """
-        signer, sealed = new_log_key(difference.next_origin, self._keks)
+        log_key = await self._custody.new_log_key(difference.next_origin)
         signing, following = [await self._custody.new_key(self._key_bits) for _ in range(2)]
         for _ in range(ATTEMPTS):
             successor = Successor(
                 closed=difference,
-                verifier=signer.verifier,
-                sealed_private=sealed,
+                log_key=log_key,
                 revoked_kids=(await self._store.toll()).published_kids,
                 signing=signing,
                 following=following,
             )
             records = _records(successor, reason, await self._store.now())
             if await self._store.accept(successor, self._policy, *records):
-                return signer.verifier
+                return log_key.verifier
         # Certainly not in use; after any other failure nobody can say that.
-        await self._discard(signing, following)
+        await self._discard(signing.uri, following.uri, log_key.uri)
         raise Conflict("The database kept changing while this was decided. Run it again.")
 
-    async def _discard(self, *made: KeptKey) -> None:
-        for key in made:
+    async def _discard(self, *uris: str) -> None:
+        for uri in uris:
             try:
-                await self._custody.destroy(key.uri)
+                await self._custody.destroy(uri)
             except CustodyError as error:
-                log.error("private_half_not_destroyed", kid=key.kid, error=str(error))
+                log.error("private_half_not_destroyed", uri=uri, error=str(error))
 
 
 def _records(successor: Successor, reason: str, now: float) -> tuple[AuditRecord, AuditRecord]:
@@ -200,8 +198,8 @@ def _records(successor: Successor, reason: str, now: float) -> tuple[AuditRecord
         # As it was found: whoever pinned the key of its log can verify it.
         "outside_checkpoint": closed.outside and _text(closed.outside.unverified_note),
         "database_checkpoint": closed.head and _text(closed.head.note),
-        "opened_log": successor.verifier.name,
-        "opened_log_key": successor.verifier.vkey,
+        "opened_log": successor.log_key.origin,
+        "opened_log_key": successor.log_key.verifier.vkey,
     }
     record = AuditRecord(
         id=new_record_id(now),

@@ -33,12 +33,12 @@ from keys.attestation import require_attested
 from keys.envelope import EnvelopeError, KeyEncryptionKeys, new_kek_line
 from keys.keyring import MAY_SIGN
 from keys.secret import Secret
-from keys.signer import LOCAL, CustodyError, scheme_of
+from keys.signer import LOCAL, CustodyBySchemes, CustodyError, scheme_of
 from service.authority.errors import AdminRefusal, Conflict, StartRefused, StoreUnavailable
 from service.cli.arguments import confirm
 from service.logging import configure_logging
 from service.settings import Settings, SettingsError, warnings
-from service.store.audit_logs import newest_vkey, open_log
+from service.store.audit_logs import log_keys_kept_elsewhere, newest_vkey, open_log
 from service.store.database import MIGRATING, ConnectionRefused, check_server, connect, sqlstate
 from service.store.embedded import EmbeddedPostgres, require_running
 from service.store.migrate import MigrationRefused, migrate, require_schema
@@ -162,9 +162,9 @@ def migrate_command() -> None:
 
     PRIVYSEAL_DATABASE_URL names the owner of the schema (privyseal_owner). Servers of the
     release before go on working. The first time the audit log's key is made, which takes
-    PRIVYSEAL_ISSUER and PRIVYSEAL_KEK_FILE as the servers have them; so it does once more where
-    signing keys stand that no release has attested yet. The log's verifier key is printed each
-    time: pin it wherever checkpoints are read.
+    PRIVYSEAL_ISSUER, PRIVYSEAL_KEK_FILE and PRIVYSEAL_KEY_CUSTODY, with the HSM's PIN, as the
+    servers have them; so it does once more where signing keys stand that no release has attested
+    yet. The log's verifier key is printed each time: pin it wherever checkpoints are read.
     """
     settings = command_settings()
     names, vkey = _run(_migrated(settings, owner_dsn(settings)))
@@ -207,11 +207,11 @@ def restore() -> None:
 def accept(reason: str, yes: bool) -> None:
     """Go on with this database, although records are missing.
 
-    Its audit log does not extend what was signed. For when the right one cannot be had any more:
-    what was decided after the backup is lost with it, revocations too. So every signing key is
-    revoked, every credential is held until an operator confirms it, every person who signs in
-    through the portal is disabled until an operator enables them, and the audit log goes on under
-    another name. Asks first.
+    Its audit log does not extend what was signed, or the HSM with the log's key is lost. For when
+    the right one cannot be had any more: what was decided after the backup is lost with it,
+    revocations too. So every signing key is revoked, every credential is held until an operator
+    confirms it, every person who signs in through the portal is disabled until an operator enables
+    them, and the audit log goes on under another name. Asks first.
 
     PRIVYSEAL_DATABASE_URL names the owner of the schema (privyseal_owner); PRIVYSEAL_KEK_FILE,
     PRIVYSEAL_CHECKPOINT_DIR and PRIVYSEAL_KEY_CUSTODY are as the servers have them.
@@ -261,6 +261,14 @@ def doctor() -> None:
             "records",
             f"{', '.join(overdue)}: older than PRIVYSEAL_AUDIT_RETENTION_MONTHS. Run "
             "`privyseal audit archive --to DIR` as the owner.",
+        )
+    if not failed and refusing(lambda: asyncio.run(_log_key_outside_hsm(settings))):
+        _show_row(
+            "weak",
+            "yellow",
+            "audit log",
+            "its key is sealed in the database and not in the HSM, until a new log is opened: who "
+            "has the database and PRIVYSEAL_KEK_FILE can sign checkpoints. Keep some outside.",
         )
     sys.exit(failed)
 
@@ -335,11 +343,22 @@ async def _preflight(settings: Settings) -> None:
             if uri == LOCAL or scheme_of(uri) not in map(scheme_of, settings.key_custody):
                 raise StartRefused(trouble)
             log.warning("starting_without_hsm", error=trouble)
-        await _check_log_key(settings)
+        try:
+            await _check_log_key(settings)
+        except CustodyError as error:
+            log.warning("starting_without_hsm", error=str(error))
     except ConnectionRefused:
         raise  # nothing that waiting alone would mend
     except StoreUnavailable as error:
         log.warning("starting_without_postgres", error=str(error))
+
+
+@asynccontextmanager
+async def _custody(settings: Settings) -> AsyncGenerator[CustodyBySchemes, None]:
+    from service.app import custody, kek_reader
+
+    with ThreadPoolExecutor(1) as executor:
+        yield custody(settings, kek_reader(settings.kek_path), executor)
 
 
 def _dsn(settings: Settings) -> Secret:
@@ -411,31 +430,35 @@ def _check_checkpoint_dir(settings: Settings) -> None:
 
 async def _check_log_key(settings: Settings) -> None:
     """Open the key of the audit log: a wrong KEK must show now."""
-    from keys.log_key import open_log_key
-    from service.authority.audit.continuity import NO_LOG
+    from service.authority.audit.continuity import NO_LOG, log_key_trouble
     from service.store.audit_tree import AuditTree, always
 
     async with _connection(settings) as connection:
         current = await AuditTree(always(connection)).current()
     if current is None:
         raise StartRefused(NO_LOG)
-    open_log_key(current.origin, current.sealed_private, _read_keks(settings))
+    async with _custody(settings) as custody:
+        try:
+            await custody.open_log_key(current.key)
+        except CustodyError as error:
+            trouble = log_key_trouble(current.key, error)
+            scheme = scheme_of(current.key.uri)
+            # An HSM that is away comes back.
+            if scheme != LOCAL and scheme in map(scheme_of, settings.key_custody):
+                raise CustodyError(trouble) from None
+            raise StartRefused(trouble) from None
 
 
 async def _check_audit_log(settings: Settings) -> str:
     """Compare the audit log with its newest checkpoint outside, as a server does."""
-    from service.app import kek_reader
     from service.authority.audit.continuity import Continuity
     from service.store.audit_tree import AuditTree, always
     from service.store.checkpoint_files import CheckpointFiles
 
     _check_checkpoint_dir(settings)
     await _check_log_key(settings)
-    continuity = Continuity(
-        outside=CheckpointFiles(settings.checkpoint_path),
-        read_keks=kek_reader(settings.kek_path),
-    )
-    async with _connection(settings) as connection:
+    async with _custody(settings) as custody, _connection(settings) as connection:
+        continuity = Continuity(outside=CheckpointFiles(settings.checkpoint_path), log_keys=custody)
         await continuity.compare(AuditTree(always(connection)))
     if continuity.broken is not None:
         raise StartRefused(continuity.broken)
@@ -464,15 +487,16 @@ async def _check_keys(settings: Settings) -> str:
 
 
 async def _check_custody(settings: Settings) -> str:
-    """Name what an HSM holds and no signing key needs: a pair that was made as a process died."""
-    from service.app import custody, kek_reader
+    """Name what an HSM holds and no key here needs: a pair that was made as a process died."""
     from service.store.database import Database
     from service.store.signing_keys import SigningKeys
 
-    with ThreadPoolExecutor(1) as executor:
-        held = await custody(settings, kek_reader(settings.kek_path), executor).listed()
+    async with _custody(settings) as custody:
+        held = await custody.listed()
     async with Database(_dsn(settings), application_name="privyseal command") as database:
         known = await SigningKeys(database, clock_skew=settings.clock_skew).kept_elsewhere()
+        async with database.connection() as connection:
+            known |= await log_keys_kept_elsewhere(connection)
     where = ", ".join(uri.partition("?")[0] for uri in settings.key_custody)
     if unknown := sorted(frozenset(held) - known):
         return (
@@ -485,15 +509,13 @@ async def _check_custody(settings: Settings) -> str:
 async def _unusable_keys(settings: Settings) -> list[tuple[str | None, str]]:
     """Return where each key is kept that should sign, now or next, and cannot be used, and why;
     None for one that is not attested, whatever it is for, unless none is."""
-    from service.app import custody, kek_reader
     from service.store.database import Database
     from service.store.signing_keys import SigningKeys
 
     unusable: list[tuple[str | None, str]] = []
     foreign: list[str] = []
     keks = _read_keks(settings)
-    with ThreadPoolExecutor(1) as executor:
-        kept = custody(settings, kek_reader(settings.kek_path), executor)
+    async with _custody(settings) as custody:
         async with Database(_dsn(settings), application_name="privyseal command") as database:
             stored = await SigningKeys(database, clock_skew=settings.clock_skew).published_keys()
         for each in stored:
@@ -509,7 +531,7 @@ async def _unusable_keys(settings: Settings) -> list[tuple[str | None, str]]:
             if each.key.state not in MAY_SIGN:
                 continue
             try:
-                await kept.open(each.kept)
+                await custody.open(each.kept)
             except CustodyError as error:
                 trouble = (
                     f"The {each.key.state} signing key cannot be used: {error}. If it is lost for "
@@ -559,6 +581,17 @@ _CHECKS: Final[dict[str, Callable[[Settings], Coroutine[Any, Any, str]]]] = {
 """In this order each relies on those before it."""
 
 
+async def _log_key_outside_hsm(settings: Settings) -> bool:
+    """Return whether new keys are made in an HSM, and the audit log's is not in one."""
+    from service.store.audit_tree import AuditTree, always
+
+    if settings.key_custody[0] == LOCAL:
+        return False
+    async with _connection(settings) as connection:
+        current = await AuditTree(always(connection)).current()
+    return current is not None and current.key.uri == LOCAL
+
+
 async def _overdue(settings: Settings) -> list[str]:
     """Return the months that should be in an archive by now."""
     from service.store.audit_archive import closed_months, months_with_records
@@ -579,9 +612,12 @@ async def _migrated(settings: Settings, owner_dsn: Secret) -> tuple[list[str], s
     connection = await connect(owner_dsn, application_name="privyseal migrate", deadlines=MIGRATING)
     try:
         attest = partial(attest_all, read_keks=lambda: _read_keks(settings))
-        names = await migrate(connection, along={"0011_console": attest})
+        names = await migrate(connection, along={"0013_attestations": attest})
         if (vkey := await newest_vkey(connection)) is None:
-            await open_log(connection, settings.log_origin, _read_keks(settings))
+            async with _custody(settings) as custody:
+                key = await custody.new_log_key(settings.log_origin)
+                if not await open_log(connection, key):
+                    await custody.destroy(key.uri)  # another process was faster
             vkey = await newest_vkey(connection)
             assert vkey is not None
         return names, vkey
@@ -605,15 +641,15 @@ async def _accepted(settings: Settings, owner_dsn: Secret, reason: str, yes: boo
     from service.store.restored import RestoredDatabase
 
     _check_checkpoint_dir(settings)
-    read_keks = kek_reader(settings.kek_path)
     outside = CheckpointFiles(settings.checkpoint_path)
     with ThreadPoolExecutor(1) as executor:
+        keys = custody(settings, kek_reader(settings.kek_path), executor)
         async with Database(
             owner_dsn, application_name="privyseal restore", deadlines=MIGRATING
         ) as database:
             async with database.connection() as connection:
                 await require_schema(connection)
-            found = await difference(AuditTree(database.connection), outside, read_keks)
+            found = await difference(AuditTree(database.connection), outside, keys)
             if found is None:
                 raise StartRefused("There is nothing to accept: the audit log is whole.")
             store = RestoredDatabase(database, clock_skew=settings.clock_skew)
@@ -636,8 +672,7 @@ async def _accepted(settings: Settings, owner_dsn: Secret, reason: str, yes: boo
                 confirm(*consequences)
             restorer = Restorer(
                 store=store,
-                custody=custody(settings, read_keks, executor),
-                keks=read_keks(),
+                custody=keys,
                 policy=rotation_policy(settings),
                 key_bits=settings.key_bits,
             )

@@ -39,6 +39,9 @@ class Health(Struct, frozen=True, kw_only=True):
     """What a person has to look at; none of it takes the process out of rotation."""
     audit_log: str | None
     """Why nothing is issued: the audit log does not go on from what was signed. None if it does."""
+    sequencer: str | None
+    """Why this process gives no record its place in the audit log: the event in its log. None if
+    it can. It issues all the same."""
 
 
 def metadata(issuer: str) -> dict[str, Any]:

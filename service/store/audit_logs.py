@@ -8,22 +8,28 @@ from typing import Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from keys.checkpoint import NoteVerifier
-from keys.envelope import KeyEncryptionKeys
-from keys.log_key import new_log_key
+from keys.log_key import KeptLogKey
 from service.store.database import Connection, loss_as_unavailable
 
-OPEN_LOG: Final = "SELECT open_audit_log_1($1, $2, $3)"
+OPEN_LOG: Final = "SELECT open_audit_log_2($1, $2, $3, $4)"
 
 SELECT_PUBLIC_KEY: Final = "SELECT origin, public_key FROM audit_logs ORDER BY log DESC LIMIT 1"
 
+SELECT_KEPT_ELSEWHERE: Final = "SELECT signer FROM audit_logs WHERE signer <> 'local:'"
 
-async def open_log(connection: Connection, origin: str, keks: KeyEncryptionKeys) -> bool:
-    """Make the first audit log with a fresh key, as the owner; False if there is one already."""
-    signer, sealed = new_log_key(origin, keks)
+
+async def open_log(connection: Connection, key: KeptLogKey) -> bool:
+    """Make the first audit log, as the owner, with a fresh key; False if there is one already."""
     with loss_as_unavailable():
         return await connection.fetchval(
-            OPEN_LOG, origin, signer.verifier.public_key.public_bytes_raw(), sealed
+            OPEN_LOG, key.origin, key.public_key.public_bytes_raw(), key.uri, key.sealed_private
         )
+
+
+async def log_keys_kept_elsewhere(connection: Connection) -> frozenset[str]:
+    """Return the URIs of the keys of logs that an HSM holds, closed logs' too."""
+    with loss_as_unavailable():
+        return frozenset(row["signer"] for row in await connection.fetch(SELECT_KEPT_ELSEWHERE))
 
 
 async def newest_vkey(connection: Connection) -> str | None:

@@ -15,6 +15,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from keys.checkpoint import NoteVerifier
+from keys.log_key import KeptLogKey
 from keys.secret import Secret
 from service.authority.audit import AuditRecord
 from service.authority.audit.continuity import AuditLogRow, Head, Place
@@ -59,7 +60,7 @@ SELECT pg_postmaster_start_time() AS started_at, oid
 """
 
 SELECT_LOG: Final = """
-SELECT log, origin, sealed_private, begins_after, begins_after_id
+SELECT log, origin, public_key, signer, sealed_private, begins_after, begins_after_id
   FROM audit_logs ORDER BY log DESC LIMIT 1
 """
 
@@ -146,8 +147,12 @@ class AuditTree:
             return None
         return AuditLogRow(
             number=row["log"],
-            origin=row["origin"],
-            sealed_private=row["sealed_private"],
+            key=KeptLogKey(
+                origin=row["origin"],
+                uri=row["signer"],
+                public_key=Ed25519PublicKey.from_public_bytes(row["public_key"]),
+                sealed_private=row["sealed_private"],
+            ),
             begins_after=Place(
                 commit_order=row["begins_after"], last_id=row["begins_after_id"] or _LAST_ID
             ),
@@ -198,7 +203,7 @@ class AuditTree:
 
     async def reseal(self, log: AuditLogRow, after: bytes, record: AuditRecord) -> bool:
         """Put `after` in the place of the log's sealed private half, if that is still there."""
-        before = log.sealed_private
+        before = log.key.sealed_private
         async with self._lend() as connection:
             done = await fetch_durable(
                 connection, RESEAL, log.number, before, after, as_json(record)

@@ -55,12 +55,13 @@ class RestoredDatabase:
         revocation: AuditRecord,
     ) -> bool:
         """Do all of it in one statement, under the fence."""
-        closed = successor.closed
+        closed, key = successor.closed, successor.log_key
         new_log = {
             "log": closed.next_number,
-            "origin": successor.verifier.name,
-            "public_key": "\\x" + successor.verifier.public_key.public_bytes_raw().hex(),
-            "sealed_private": "\\x" + successor.sealed_private.hex(),
+            "origin": key.origin,
+            "public_key": "\\x" + key.public_key.public_bytes_raw().hex(),
+            "signer": key.uri,
+            "sealed_private": key.sealed_private and "\\x" + key.sealed_private.hex(),
         }
         async with self._database.connection() as connection:
             done = await fetch_durable(

@@ -158,6 +158,7 @@ async def test_health_says_what_stands_behind_it_and_nothing_secret(
         "signing_kid": next(key["kid"] for key in keys if key["state"] == "active"),
         "concerns": [],
         "audit_log": None,
+        "sequencer": None,
     }
 
 

@@ -14,13 +14,16 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
 
+import asyncpg
 import httpx
 import jwt
 import pytest
 
+from keys.checkpoint import Checkpoint, NoteRefused, NoteVerifier
 from keys.envelope import KeyEncryptionKeys, new_kek_line
 from keys.pkcs11 import Pkcs11Custody
 from keys.signer import Custody, LocalCustody
+from service.store.embedded import find_running
 from tests import softhsm
 from tests.interop.conftest import Authority
 from tests.softhsm import Token
@@ -30,6 +33,7 @@ StartAuthority = Callable[..., AbstractContextManager[Authority]]
 PRIVYSEAL = str(Path(sys.executable).with_name("privyseal"))
 SECONDS_OF_SIGNING = 1.5
 AT_ONCE = 8
+KEY_AWAY = "audit_log_key_out_of_reach"
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +121,35 @@ def held(token: Token) -> list[str]:
         return asyncio.run(Pkcs11Custody(token.uri).listed())
 
 
+def vkey_of(printed: str) -> NoteVerifier:
+    return NoteVerifier.parse(printed.strip().rpartition(" ")[2])
+
+
+def checkpoint_size(authority: Authority, verifier: NoteVerifier) -> int:
+    """The size of the published checkpoint, if it is one of this log; 0 if not."""
+    try:
+        answer = httpx.get(f"{authority.issuer}/api/v1/audit/checkpoint")
+        return Checkpoint.open(answer.content, verifier).size
+    except NoteRefused:
+        return 0
+
+
+def sequencer(authority: Authority) -> str | None:
+    return httpx.get(f"{authority.issuer}/readyz").json()["sequencer"]
+
+
+async def log_keys(authority: Authority) -> list[tuple[str, bytes | None]]:
+    """Where the keys of its logs are, as the database has it."""
+    running = find_running(Path(authority.environ["PRIVYSEAL_DATA_DIR"]))
+    assert running is not None
+    connection = await asyncpg.connect(running.service_dsn, timeout=10)
+    try:
+        rows = await connection.fetch("SELECT signer, sealed_private FROM audit_logs")
+    finally:
+        await connection.close(timeout=5)
+    return [(row["signer"], row["sealed_private"]) for row in rows]
+
+
 def until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not holds():
@@ -129,7 +162,7 @@ def test_tokens_are_signed_in_the_hsm_and_verify_anywhere(
 ) -> None:
     claims = verified(authority, exchange(authority))
     assert claims["client_id"] == authority.client_id
-    until(lambda: len(held(token)) == 2)  # the key that signs and the next one
+    until(lambda: len(held(token)) == 3)  # the key that signs, the next one, the audit log's
     doctor = privyseal(authority, "doctor")
     assert "pkcs11:token=privyseal%20test" in doctor
     assert "does not name" not in doctor
@@ -143,12 +176,12 @@ def test_a_rotated_key_is_destroyed_in_the_hsm_and_its_tokens_verify_on(
     assert jwt.get_unverified_header(old_token)["kid"] == before["active"]
     privyseal(authority, "keys", "rotate", "--reason", "a trial")
     until(lambda: signing(authority) == before["pending"])
-    until(lambda: len(set(held_before) & set(held(token))) == 1)
+    until(lambda: len(set(held_before) & set(held(token))) == 2)
     assert kids(authority)["retiring"] == before["active"]
     verified(authority, old_token)
     verified(authority, exchange(authority))
     until(lambda: destroyed(authority) == [before["active"]])
-    until(lambda: len(held(token)) == 2)
+    until(lambda: len(held(token)) == 3)
 
 
 def test_a_revoked_key_is_destroyed_in_the_hsm_and_the_next_one_goes_on(
@@ -158,9 +191,29 @@ def test_a_revoked_key_is_destroyed_in_the_hsm_and_the_next_one_goes_on(
     before, held_before = kids(authority), held(token)
     privyseal(authority, "keys", "revoke", before["active"], "--reason", "a trial", "--yes")
     assert signing(authority) == before["pending"]
-    until(lambda: len(set(held_before) & set(held(token))) == 1)
-    until(lambda: len(held(token)) == 2)
+    until(lambda: len(set(held_before) & set(held(token))) == 2)
+    until(lambda: len(held(token)) == 3)
     until(lambda: before["active"] in destroyed(authority))
+
+
+def test_the_audit_log_is_signed_in_the_hsm_and_verifies_with_the_key_that_migrate_prints(
+    authority: Authority, token: Token, tmp_path: Path
+) -> None:
+    vkey = tmp_path / "vkey"
+    vkey.write_text(privyseal(authority, "migrate"))
+    verifier = vkey_of(vkey.read_text())
+    until(lambda: checkpoint_size(authority, verifier) > 0)
+    kept, export = tmp_path / "kept.txt", tmp_path / "records.ndjson"
+    kept.write_bytes(httpx.get(f"{authority.issuer}/api/v1/audit/checkpoint").content)
+    privyseal(authority, "audit", "export", "--checkpoint", str(kept), "--output", str(export))
+    privyseal(
+        authority, "audit", "verify", "--key", str(vkey), "--checkpoint", str(kept), str(export)
+    )
+    ((signer, sealed_private),) = asyncio.run(log_keys(authority))
+    assert signer in held(token)
+    assert sealed_private is None
+    doctor = privyseal(authority, "doctor")
+    assert "weak  audit log" not in doctor
 
 
 def test_a_pair_that_nothing_names_is_shown_by_doctor_and_left_alone(
@@ -184,6 +237,42 @@ def test_without_the_hsm_doctor_says_what_to_do_and_recover_needs_no_token(
     until(lambda: kids(authority).get("active") not in old.values())
     assert set(kids(authority).values()).isdisjoint(old.values())
     assert signing(authority) == kids(authority)["active"]
+
+
+def test_while_the_hsm_is_away_tokens_are_issued_and_the_log_waits_for_its_key(
+    authority: Authority, token: Token
+) -> None:
+    # They are signed beside the HSM by now.
+    verifier = vkey_of(privyseal(authority, "migrate"))
+    away = token.token_dir.with_name("away")
+    exchange(authority)
+    token.token_dir.rename(away)
+    try:
+        until(lambda: bool(exchange(authority)) and sequencer(authority) == KEY_AWAY)
+        size = checkpoint_size(authority, verifier)
+        assert exchange(authority)
+        assert "The key of the audit log" in privyseal(authority, "doctor", exits=1)
+        assert httpx.get(f"{authority.issuer}/readyz").json()["audit_log"] is None
+        waiting = "privyseal_audit_records_waiting "
+        metrics = httpx.get(f"{authority.issuer}/metrics").text.splitlines()
+        assert max(float(line.split()[-1]) for line in metrics if line.startswith(waiting)) > 0
+        assert checkpoint_size(authority, verifier) == size
+    finally:
+        away.rename(token.token_dir)
+    until(lambda: checkpoint_size(authority, verifier) > size and sequencer(authority) is None)
+
+
+def test_a_log_whose_hsm_is_lost_goes_on_as_another_when_an_operator_accepts(
+    authority: Authority,
+) -> None:
+    said = privyseal(authority, "doctor", exits=1, PRIVYSEAL_KEY_CUSTODY="local:")
+    assert "kept under pkcs11:, which this process does not have" in said
+    assert "privyseal restore accept" in said
+    accept = ("restore", "accept", "--reason", "the HSM burnt", "--yes")
+    verifier = vkey_of(privyseal(authority, *accept, PRIVYSEAL_KEY_CUSTODY="local:"))
+    assert verifier.name.endswith("/audit/2")
+    until(lambda: checkpoint_size(authority, verifier) > 0)
+    assert "weak  audit log" in privyseal(authority, "doctor")
 
 
 def test_signatures_a_second_in_the_hsm_and_beside_it(

@@ -221,7 +221,7 @@ async def test_a_migration_attests_the_keys_that_were_there_once_and_no_other_on
     keks: KeyEncryptionKeys,
     new_keys: list[KeptKey],
 ) -> None:
-    for path in sorted(MIGRATIONS.glob("*.sql"))[:10]:
+    for path in sorted(MIGRATIONS.glob("*.sql"))[:12]:
         shutil.copy(path, tmp_path)
     await migrate(owner, tmp_path)
     record = as_json(act(Action.SIGNING_KEY_PREPARE))
@@ -233,12 +233,12 @@ async def test_a_migration_attests_the_keys_that_were_there_once_and_no_other_on
     def unreadable() -> KeyEncryptionKeys:
         raise EnvelopeError("no file")
 
-    along = {"0011_console": partial(attest_all, read_keks=unreadable)}
+    along = {"0013_attestations": partial(attest_all, read_keks=unreadable)}
     with pytest.raises(EnvelopeError):
         await migrate(owner, along=along)
-    assert await owner.fetchval("SELECT max(version) FROM schema_migrations") == 10
-    along = {"0011_console": partial(attest_all, read_keks=lambda: keks)}
-    assert await migrate(owner, along=along) == ["0011_console"]
+    assert await owner.fetchval("SELECT max(version) FROM schema_migrations") == 12
+    along = {"0013_attestations": partial(attest_all, read_keks=lambda: keks)}
+    assert (await migrate(owner, along=along))[0] == "0013_attestations"
     attestations = "SELECT kid, attestation IS NOT NULL FROM signing_keys"
     assert [tuple(row) for row in await owner.fetch(attestations)] == [(new_keys[0].kid, True)]
 

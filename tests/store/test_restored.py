@@ -55,7 +55,7 @@ class Restored:
     ) -> None:
         self._dsn = database.service_dsn
         self._owner = owner
-        self._keks = keks
+        self._executor = executor
         self._policy = policy
         self._custody = LocalCustody(lambda: keks, executor)
         self.checkpoints = checkpoints
@@ -63,7 +63,7 @@ class Restored:
 
     async def sequence(self) -> Continuity:
         """Let a sequencer look until it has nothing to do; return what it found."""
-        continuity = Continuity(outside=self.outside, read_keks=lambda: self._keks)
+        continuity = Continuity(outside=self.outside, log_keys=self._custody)
         sequencer = Sequencer(
             connect=lambda: postgres_log(self._dsn),
             continuity=continuity,
@@ -78,7 +78,8 @@ class Restored:
 
     async def difference(self, keks: KeyEncryptionKeys | None = None) -> Difference | None:
         tree = AuditTree(self._owner.connection)
-        return await difference(tree, self.outside, lambda: keks or self._keks)
+        custody = LocalCustody(lambda: keks, self._executor) if keks else self._custody
+        return await difference(tree, self.outside, custody)
 
     async def toll(self) -> Toll:
         return await RestoredDatabase(self._owner, clock_skew=SKEW).toll()
@@ -89,7 +90,6 @@ class Restored:
         restorer = Restorer(
             store=RestoredDatabase(self._owner, clock_skew=SKEW),
             custody=self._custody,
-            keks=self._keks,
             policy=self._policy,
             key_bits=2048,
         )

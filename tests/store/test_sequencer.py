@@ -4,6 +4,7 @@ noticed by the checkpoint that is kept outside."""
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ import structlog
 
 from keys.checkpoint import Checkpoint, NoteVerifier
 from keys.envelope import EnvelopeError, KeyEncryptionKeys, new_kek_line
+from keys.signer import LocalCustody
 from service.authority.audit import Action, AuditLog, AuditRecord, new_record_id
 from service.authority.audit.continuity import NO_LOG, Continuity
 from service.authority.audit.merkle import (
@@ -59,13 +61,18 @@ def checkpoints(tmp_path: Path) -> Path:
     return tmp_path / "checkpoints"
 
 
+def custody(keks: KeyEncryptionKeys) -> LocalCustody:
+    # An executor that is given nothing has no thread.
+    return LocalCustody(lambda: keks, ThreadPoolExecutor(1))
+
+
 class Process:
     """What of one server process has to do with the tree."""
 
     def __init__(
         self, database: Running, outside: CheckpointFiles, keks: KeyEncryptionKeys, kind: Any
     ) -> None:
-        self.continuity = Continuity(outside=outside, read_keks=lambda: keks)
+        self.continuity = Continuity(outside=outside, log_keys=custody(keks))
 
         @asynccontextmanager
         async def connected() -> AsyncGenerator[PostgresLog, None]:
@@ -343,8 +350,10 @@ async def test_a_process_keeps_the_head_that_another_has_signed(
 async def test_the_role_of_the_service_opens_no_log(
     connect_as: Callable[[str], Awaitable[Connection]], keks: KeyEncryptionKeys
 ) -> None:
+    key = await custody(keks).new_log_key("tokens.example/audit/2")
+    service = await connect_as("service")
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
-        await open_log(await connect_as("service"), "tokens.example/audit/2", keks)
+        await open_log(service, key)
 
 
 async def test_another_key_encryption_key_takes_over_and_the_log_goes_on_under_its_own(
@@ -616,6 +625,9 @@ TAMPERED = {
         "UPDATE audit_checkpoints SET note = convert_to(replace(convert_from(note, 'UTF8'),"
         " E'\\n600\\n', E'\\n599\\n'), 'UTF8') WHERE size = 600"
     ],
+    "The key of the audit log tokens.example/audit/1 cannot be used (its private half does not": [
+        "UPDATE audit_logs SET public_key = sha256('mine')"
+    ],
     "The key of the audit log": ["UPDATE audit_logs SET sealed_private = sha256('mine')"],
     "The key of the audit log tokens.example/audit/2": [
         "INSERT INTO audit_logs SELECT 2, 'tokens.example/audit/2', public_key, sealed_private,"
@@ -684,7 +696,9 @@ async def test_trouble_is_logged_once_a_minute_and_heals_by_itself(
     await one.sequence(2)
     times = iter((0.0, 30.0, 59.0, 61.0, 90.0, 91.0))
     continuity = Continuity(
-        outside=CheckpointFiles(checkpoints), read_keks=lambda: keks, monotonic=lambda: next(times)
+        outside=CheckpointFiles(checkpoints),
+        log_keys=custody(keks),
+        monotonic=lambda: next(times),
     )
     (newest,) = kept(checkpoints)
     content = newest.read_bytes()

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 import pkcs11
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
 from cryptography.hazmat.primitives.asymmetric.rsa import (
     RSAPrivateKey,
@@ -26,8 +27,11 @@ from cryptography.hazmat.primitives.asymmetric.rsa import (
 )
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from msgspec.structs import replace
 from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass, PKCS11Error
 
+from keys.checkpoint import Checkpoint, NoteVerifier
+from keys.log_key import KeptLogKey
 from keys.pkcs11 import LABEL, KeyAddress, Pkcs11Custody, TokenAddress
 from keys.signer import CustodyError, KeptKey
 from keys.verifier import thumbprint
@@ -36,6 +40,8 @@ from tests import softhsm
 pytestmark = pytest.mark.anyio
 
 DATA = b"signing input"
+ORIGIN = "tokens.example/audit/1"
+CHECKPOINT = Checkpoint(origin=ORIGIN, size=3, root=bytes(32))
 ELSEWHERE = "?module-path=/m.so&pin-source=/pin"
 
 
@@ -252,6 +258,108 @@ async def test_a_token_that_was_away_serves_again(token: softhsm.Token) -> None:
     token.token_dir.rmdir()
     away.rename(token.token_dir)
     _verify(kept.public_key, await signer.sign(DATA))
+
+
+# The key of the audit log
+
+
+async def test_the_key_of_a_log_signs_its_checkpoints_in_the_token(token: softhsm.Token) -> None:
+    custody = Pkcs11Custody(token.uri)
+    kept = await custody.new_log_key(ORIGIN)
+    note = await (await custody.open_log_key(kept)).signed(CHECKPOINT)
+    assert Checkpoint.open(note, NoteVerifier.parse(kept.verifier.vkey)) == CHECKPOINT
+    assert await custody.listed() == [kept.uri]
+    assert kept.sealed_private is None
+    assert "?" not in kept.uri, "neither module nor PIN"
+
+
+async def test_no_attribute_of_the_key_of_a_log_tells_it(token: softhsm.Token) -> None:
+    kept = await Pkcs11Custody(token.uri).new_log_key(ORIGIN)
+    with _session(token) as session:
+        half = _private_half(session, kept)
+        with pytest.raises(pkcs11.AttributeSensitive):
+            half[Attribute.VALUE]
+        for value in _told_by(half).values():
+            if len(value) >= 32:
+                public = Ed25519PrivateKey.from_private_bytes(value[-32:]).public_key()
+                assert public != kept.public_key
+        with pytest.raises(PKCS11Error):
+            half[Attribute.EXTRACTABLE] = True
+
+
+async def test_the_key_of_a_log_signs_for_no_other_log(token: softhsm.Token) -> None:
+    custody = Pkcs11Custody(token.uri)
+    kept, other = await custody.new_log_key(ORIGIN), await custody.new_log_key(ORIGIN)
+    for wrong, words in (
+        (replace(kept, origin="tokens.example/audit/2"), "was not made for this log"),
+        (replace(kept, uri=other.uri), "does not verify under its public half"),
+        (replace(kept, public_key=other.public_key), "does not verify under its public half"),
+        (replace(kept, uri=(await custody.new_key(2048)).uri), "was not made for this log"),
+    ):
+        with pytest.raises(CustodyError, match=words):
+            await custody.open_log_key(wrong)
+    signer = await custody.open_log_key(kept)
+    with pytest.raises(CustodyError, match="another log"):
+        await signer.signed(replace(CHECKPOINT, origin="tokens.example/audit/2"))
+
+
+async def test_the_key_of_a_log_signs_no_token(token: softhsm.Token) -> None:
+    custody = Pkcs11Custody(token.uri)
+    kept = await custody.new_key(2048)
+    log_key = await custody.new_log_key(ORIGIN)
+    with pytest.raises(CustodyError, match="does not hold its private half"):
+        await custody.open(replace(kept, uri=log_key.uri))
+
+
+async def test_a_key_of_a_log_that_is_not_safe_in_its_token_is_not_used(
+    token: softhsm.Token,
+) -> None:
+    custody = Pkcs11Custody(token.uri)
+    kept = await custody.new_log_key(ORIGIN)
+    private_key = Ed25519PrivateKey.generate()
+    await custody.destroy(kept.uri)
+    with _session(token) as session:
+        session.create_object(
+            {
+                Attribute.CLASS: ObjectClass.PRIVATE_KEY,
+                Attribute.KEY_TYPE: KeyType.EC_EDWARDS,
+                Attribute.TOKEN: True,
+                Attribute.SIGN: True,
+                Attribute.LABEL: LABEL,
+                Attribute.ID: KeyAddress.parse(kept.uri).id,
+                Attribute.EC_PARAMS: bytes.fromhex("06032b6570"),
+                Attribute.VALUE: private_key.private_bytes_raw(),
+            }
+        )
+    with pytest.raises(CustodyError, match="not safe in its token: CKA_"):
+        await custody.open_log_key(replace(kept, public_key=private_key.public_key()))
+
+
+async def test_the_key_of_a_log_serves_again_when_its_token_was_away(token: softhsm.Token) -> None:
+    custody = Pkcs11Custody(token.uri)
+    signer = await custody.open_log_key(await custody.new_log_key(ORIGIN))
+    away = token.token_dir.with_name("away")
+    _close_all_sessions(token)
+    token.token_dir.rename(away)
+    with pytest.raises(CustodyError, match="the token failed with"):
+        await signer.signed(CHECKPOINT)
+    away.rename(token.token_dir)
+    assert Checkpoint.open(await signer.signed(CHECKPOINT), signer.verifier) == CHECKPOINT
+
+
+async def test_a_token_without_ed25519_is_said_with_what_to_do(
+    skip_or_fail: Callable[[str], NoReturn],
+) -> None:
+    if (reason := softhsm.missing()) is not None:
+        skip_or_fail(reason)
+    with (
+        softhsm.token(mechanisms="CKM_RSA_PKCS,CKM_RSA_PKCS_KEY_PAIR_GEN") as token,
+        softhsm.visible_here(token),
+    ):
+        custody = Pkcs11Custody(token.uri)
+        with pytest.raises(CustodyError, match=r"no Ed25519 .* PRIVYSEAL_KEY_CUSTODY=local:"):
+            await custody.new_log_key(ORIGIN)
+        assert await custody.listed() == []
 
 
 async def test_two_custodies_in_one_process_do_not_disturb_each_other(
@@ -569,7 +677,7 @@ def _told_by(half: pkcs11.Object) -> dict[Attribute, bytes]:
     return told
 
 
-def _private_half(session: pkcs11.Session, kept: KeptKey) -> pkcs11.Object:
+def _private_half(session: pkcs11.Session, kept: KeptKey | KeptLogKey) -> pkcs11.Object:
     key_id = KeyAddress.parse(kept.uri).id
     template = {Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.ID: key_id}
     (half,) = session.get_objects(template)

@@ -13,9 +13,9 @@ from weakref import WeakSet
 import structlog
 from msgspec import Struct
 
-from keys.checkpoint import Checkpoint, NoteRefused, NoteSigner
-from keys.envelope import EnvelopeError, KekReader
-from keys.log_key import open_log_key
+from keys.checkpoint import Checkpoint, NoteRefused, NoteVerifier
+from keys.log_key import KeptLogKey, LogSigner
+from keys.signer import LOCAL, CustodyError
 from service import metrics
 from service.authority.audit.merkle import Frontier, HashesMissing, StoredHashes, frontier_at
 from service.authority.errors import AuditUnavailable, StoreUnavailable
@@ -45,9 +45,13 @@ class AuditLogRow(Struct, frozen=True, kw_only=True):
     """A log as it is stored; `begins_after` is the place right before its first record."""
 
     number: int
-    origin: str
-    sealed_private: bytes
+    key: KeptLogKey
     begins_after: Place
+
+    @property
+    def origin(self) -> str:
+        """Its name in its checkpoints."""
+        return self.key.origin
 
 
 class Head(Struct, frozen=True, kw_only=True):
@@ -79,6 +83,14 @@ class LogReader(Protocol):
         ...
 
 
+class LogKeys(Protocol):
+    """Where the keys of logs are."""
+
+    async def open_log_key(self, kept: KeptLogKey) -> LogSigner:
+        """Return the signer of a log's key, having proven that it is; raise CustodyError."""
+        ...
+
+
 class OutsideNote(Struct, frozen=True, kw_only=True):
     """A checkpoint that is kept outside the database, not verified yet, and where it is."""
 
@@ -107,7 +119,7 @@ class Standing(Struct, frozen=True, kw_only=True):
     """The log as it was found whole: its key, its newest head, and the tree under that."""
 
     log: AuditLogRow
-    signer: NoteSigner
+    signer: LogSigner
     head: Head | None
     frontier: Frontier
     outside_size: int
@@ -130,13 +142,13 @@ class Continuity:
         self,
         *,
         outside: OutsideCheckpoints,
-        read_keks: KekReader,
+        log_keys: LogKeys,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._outside = outside
-        self._read_keks = read_keks
+        self._log_keys = log_keys
         self._monotonic = monotonic
-        self._signer: tuple[bytes, NoteSigner] | None = None
+        self._signer: tuple[KeptLogKey, LogSigner] | None = None
         self._database: Hashable = None
         self._known: WeakSet[LogReader] = WeakSet()
         self._complained_at = float("-inf")
@@ -195,8 +207,8 @@ class Continuity:
         current = await reader.current()
         if current is None:
             raise Broken(NO_LOG)
-        signer = self._open(current)
-        outside = _verified(unverified, current, signer)
+        signer = await self._open(current.key)
+        outside = _verified(unverified, current, signer.verifier)
         if unverified and outside:
             self.latest_note = unverified.unverified_note
         head = await reader.head(current.number)
@@ -219,7 +231,8 @@ class Continuity:
                 f"{_ACCEPT}."
             ) from None
         if head:
-            _require_root(_opened(head.note, signer, "the database"), frontier, "in the database")
+            inside = _opened(head.note, signer.verifier, "the database")
+            _require_root(inside, frontier, "in the database")
             self.latest_note = head.note
         if outside:
             _require_root(outside, at_outside, "outside")
@@ -231,19 +244,30 @@ class Continuity:
             outside_size=outside.size if outside else 0,
         )
 
-    def _open(self, current: AuditLogRow) -> NoteSigner:
-        """Open the log's key: that it opens shows that no database made it up."""
-        if self._signer is None or self._signer[0] != current.sealed_private:
+    async def _open(self, kept: KeptLogKey) -> LogSigner:
+        """Open the log's key: that it opens shows that no database made it up.
+
+        Once for each key: after that, an HSM that is away stops signatures and nothing else.
+        """
+        if self._signer is None or self._signer[0] != kept:
             try:
-                signer = open_log_key(current.origin, current.sealed_private, self._read_keks())
-            except EnvelopeError as error:
-                raise Broken(f"The key of the audit log {current.origin}: {error}") from None
-            self._signer = (current.sealed_private, signer)
+                signer = await self._log_keys.open_log_key(kept)
+            except CustodyError as error:
+                raise Broken(log_key_trouble(kept, error)) from None
+            self._signer = (kept, signer)
         return self._signer[1]
 
 
+def log_key_trouble(kept: KeptLogKey, error: CustodyError) -> str:
+    """Return in words that a log's key cannot be used, and what then."""
+    trouble = f"The key of the audit log {kept.origin} cannot be used ({error})."
+    if kept.uri == LOCAL:
+        return trouble
+    return f"{trouble} If it is lost for good: privyseal restore accept --reason"
+
+
 def _verified(
-    outside: OutsideNote | None, current: AuditLogRow, signer: NoteSigner
+    outside: OutsideNote | None, current: AuditLogRow, verifier: NoteVerifier
 ) -> Checkpoint | None:
     """Return the newest outside checkpoint if it is one of the current log."""
     if outside is None or outside.log_number < current.number:
@@ -254,16 +278,16 @@ def _verified(
             f"Restored or cut: {outside.place} is a checkpoint of the {outside.log_number}. audit "
             f"log of this authority, and the database knows none after {current.origin}. {_ACCEPT}."
         )
-    return _opened(outside.unverified_note, signer, outside.place)
+    return _opened(outside.unverified_note, verifier, outside.place)
 
 
-def _opened(note: bytes, signer: NoteSigner, place: str) -> Checkpoint:
+def _opened(note: bytes, verifier: NoteVerifier, place: str) -> Checkpoint:
     try:
-        return Checkpoint.open(note, signer.verifier)
+        return Checkpoint.open(note, verifier)
     except NoteRefused as refused:
         raise Broken(
             f"Changed or forked: the newest checkpoint in {place} is none of the audit log "
-            f"{signer.verifier.name} of this database ({refused}). {_LOOK}. {_ACCEPT}."
+            f"{verifier.name} of this database ({refused}). {_LOOK}. {_ACCEPT}."
         ) from None
 
 

@@ -15,6 +15,7 @@ import structlog
 from msgspec import Struct
 
 from keys.checkpoint import Checkpoint
+from keys.signer import CustodyError
 from service import metrics
 from service.authority.audit.continuity import (
     COMPLAIN_EVERY,
@@ -33,6 +34,10 @@ from service.authority.model import Clock
 TICK: Final = 0.8
 """Seconds between two looks at what was committed: with the work itself, a record has its place
 within one second."""
+
+KEY_AWAY: Final = 5.0
+"""Seconds until the log's key is tried again. Another process, which may reach it, is elected
+meanwhile."""
 
 PAGE: Final = 500
 """Records at a time, so that the requests of this process never wait long for the event loop."""
@@ -96,6 +101,9 @@ class Sequencer:
         self._outside = outside
         self._clock = clock
         self._complaint: tuple[str, float] = ("", float("-inf"))
+        self.trouble: str | None = None
+        """The event in the log of why this process gives no record its place now; None if it can.
+        What is issued goes on record all the same."""
 
     async def run(self) -> None:
         """Add to the log whatever is committed, until cancelled; connect again by itself."""
@@ -103,7 +111,9 @@ class Sequencer:
             try:
                 async with self._connect() as store:
                     while True:
-                        if not await self.tick(store):
+                        more = await self.tick(store)
+                        self.trouble = None
+                        if not more:
                             await asyncio.sleep(TICK)
             except StoreUnavailable as error:
                 self._complain("sequencer_disconnected", str(error))
@@ -111,13 +121,16 @@ class Sequencer:
                 self._complain("checkpoints_out_of_reach", str(error) or "no answer in time")
             except NotEncodable as error:
                 self._complain("record_not_encodable", str(error))
+            except CustodyError as error:
+                self._complain("audit_log_key_out_of_reach", str(error))
+                await asyncio.sleep(KEY_AWAY)
             await asyncio.sleep(TICK)
 
     async def tick(self, store: LogStore) -> bool:
         """Look once; return whether there is more to do at once.
 
         A head is signed only if the log extends the newest outside checkpoint, and the one before
-        it is outside already. Raise StoreUnavailable, OSError, NotEncodable.
+        it is outside already. Raise StoreUnavailable, OSError, NotEncodable, CustodyError.
         """
         standing = await self._continuity.compare(store)
         if standing is None:
@@ -150,7 +163,7 @@ class Sequencer:
                 break
         if not ids:
             return False
-        head = self._sign(standing, frontier, reached)
+        head = await self._sign(standing, frontier, reached)
         growth = Growth(
             log_number=standing.log.number,
             expected_size=size,
@@ -167,14 +180,14 @@ class Sequencer:
         published.info("checkpoint", note=head.note.decode())
         return len(ids) >= MAX_GROWTH
 
-    def _sign(self, standing: Standing, frontier: Frontier, reached: Place) -> Head:
+    async def _sign(self, standing: Standing, frontier: Frontier, reached: Place) -> Head:
         checkpoint = Checkpoint(
             origin=standing.log.origin, size=frontier.size, root=frontier.root()
         )
         return Head(
             size=frontier.size,
             reaches=reached,
-            note=checkpoint.signed(standing.signer),
+            note=await standing.signer.signed(checkpoint),
             signed_at=datetime.fromtimestamp(self._clock(), UTC),
         )
 
@@ -183,6 +196,7 @@ class Sequencer:
 
     def _complain(self, event: str, error: str) -> None:
         """Log what does not pass by itself, and not more often than once a minute."""
+        self.trouble = event
         now = asyncio.get_running_loop().time()
         if self._complaint[0] != event or now - self._complaint[1] >= COMPLAIN_EVERY:
             self._complaint = (event, now)
