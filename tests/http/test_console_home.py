@@ -237,7 +237,7 @@ async def test_a_log_that_waits_for_its_checkpoint_is_told_and_an_idle_one_is_no
     assert WELL in await home(operator_at_console), "nothing came, so there was nothing to sign"
     # Somebody holds what the sequencer needs, as when it hangs.
     authority.sequencer.tick = _never  # type: ignore[method-assign]
-    assert await authority.audit.append(reported("ingest.upload", outcome=Outcome.SUCCESS))
+    assert await authority.audit.append(reported(Action.AUDIT_QUERY, outcome=Outcome.SUCCESS))
     await sql("UPDATE audit_records SET recorded_at = recorded_at - interval '61 seconds'")
     said = await shown(operator_at_console, "Records wait for their checkpoint")
     assert "The oldest since 61 s ago" in said or "The oldest since 62 s ago" in said
@@ -251,10 +251,13 @@ async def _never(_: object) -> bool:
 async def test_a_log_that_does_not_go_on_from_what_was_signed_is_told_to_everybody(
     operator_at_console: ConsoleClient, authority: Authority
 ) -> None:
-    authority.sequencer.tick = _never  # type: ignore[method-assign]
-    authority.continuity.broken = "Restored or cut: records 5-9 are missing."
-    said = await home(operator_at_console)
-    assert "Nothing is issued: the audit log does not go on from what was signed" in said
+    async def finds_it_cut(_: object) -> bool:
+        authority.continuity.broken = "Restored or cut: records 5-9 are missing."
+        return False
+
+    authority.sequencer.tick = finds_it_cut  # type: ignore[method-assign]
+    nothing = "Nothing is issued: the audit log does not go on from what was signed"
+    said = await shown(operator_at_console, nothing)
     assert "records 5-9 are missing" in said
     assert WELL not in said
 

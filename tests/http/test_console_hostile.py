@@ -77,7 +77,8 @@ async def test_a6_no_cell_of_an_export_begins_a_formula(
         path = made.headers["location"].removeprefix("/console").partition("?")[0]
         credential = {"label": formula, "lifetime": "30"}
         assert (await person.post(f"{path}/credentials/new", credential)).status_code == 201
-        assert (await person.post(f"{path}/hand-over", credential)).status_code == 200
+        handed_over = {**credential, "label": f"{formula} by link"}
+        assert (await person.post(f"{path}/hand-over", handed_over)).status_code == 200
         await person.post("/sign-in", {"client_id": formula, "client_secret": formula}, **agent)
     created = {"action": "service_user.create", "outcome": "success", "source_system": "vkyc"}
     await records(len(FORMULAS), **created)

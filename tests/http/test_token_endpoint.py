@@ -629,7 +629,8 @@ async def test_the_end_of_a_credential_is_announced_for_30_days(
     announced: list[bool] = []
     for days in (30 - 0.001, 30 + 0.001):
         ends = datetime.now(UTC) + timedelta(days=days)
-        created = await operator.post(url, json={"label": "l", "expires_at": ends.isoformat()})
+        body = {"label": f"for {days} days", "expires_at": ends.isoformat()}
+        created = await operator.post(url, json=body)
         credential = vkyc[0], created.json()["client_secret"]
         answer = (await client.post(URL, auth=credential, data=GRANT)).json()
         announced.append("credential_expires_at" in answer)
