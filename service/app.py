@@ -32,7 +32,6 @@ from service import metrics
 from service.authority.administration import Administration
 from service.authority.attention import Watch
 from service.authority.audit import AuditLog
-from service.authority.audit.claims import Claims
 from service.authority.audit.continuity import NO_LOG, Continuity
 from service.authority.audit.events import EventReports
 from service.authority.audit.export import Exports, Proven
@@ -40,6 +39,7 @@ from service.authority.audit.forged import ForgedTokens
 from service.authority.audit.presented import PresentedTokens
 from service.authority.audit.reading import AuditReading
 from service.authority.audit.sequencer import Sequencer
+from service.authority.audit.unproven import UnprovenReports
 from service.authority.by_hand import TokensByHand
 from service.authority.clock import DatabaseClock
 from service.authority.confirmation import Confirmations
@@ -61,13 +61,7 @@ from service.console.provider import Provider
 from service.console.routes import console, front_door
 from service.console.samples import Installation
 from service.http import openapi
-from service.http.admin import (
-    MAX_BODY,
-    ServiceUserController,
-    gatekeeper,
-    operator_of,
-    refusal_record,
-)
+from service.http.admin import ServiceUserController
 from service.http.alerts import alerting
 from service.http.audit import AuditRecordController
 from service.http.audit_events import AuditEventController
@@ -75,6 +69,7 @@ from service.http.audit_tree import AuditTreeController, checkpoint_endpoint
 from service.http.context import RequestContext, noted, origin_of
 from service.http.errors import EXCEPTION_HANDLERS
 from service.http.export import ExportStream, Format
+from service.http.gate import MAX_BODY, gatekeeper, operator_of, refusal_record
 from service.http.held import HeldCredentialController
 from service.http.leaked import LeakedCredentialController
 from service.http.own_credentials import OwnCredentialController
@@ -92,6 +87,7 @@ from service.settings import MAX_TOKEN_LIFETIME, RING_POLL, Settings
 from service.store.attention import AttentionRecords
 from service.store.audit_events import AuditEvents
 from service.store.audit_log import AuditRecords, PostgresRecordWriter
+from service.store.audit_logs import prepare_log
 from service.store.audit_tree import AuditTree, always, postgres_log
 from service.store.checkpoint_files import CheckpointFiles
 from service.store.database import Connection, Database, check_server
@@ -296,10 +292,10 @@ class Authority:
             sign_outs=stores.records,
             clock=self.clock,
         )
-        self._claims = Claims(audit=self.audit, clock=self.clock)
+        self._unproven = UnprovenReports(audit=self.audit, clock=self.clock)
         self._presented = PresentedTokens(
             tokens=stores.events,
-            claims=self._claims,
+            unproven=self._unproven,
             audit=self.audit,
             broken=lambda: self.continuity.broken,
             clock=self.clock,
@@ -430,7 +426,7 @@ class Authority:
             "event_reports": EventReports(
                 store=events,
                 tokens=events,
-                claims=self._claims,
+                unproven=self._unproven,
                 operators=self._operators,
                 clock=self.clock,
                 clock_skew=settings.clock_skew,
@@ -506,7 +502,7 @@ class Authority:
             ]
             await self._started()
             yield
-            await self._claims.drain()
+            await self._unproven.drain()
             await self.audit.drain()
             for task in background:
                 task.cancel()
@@ -531,8 +527,7 @@ class Authority:
                     await require_schema(connection)
                     if await AuditTree(always(connection)).current() is None:
                         raise StartRefused(NO_LOG)
-                    await connection.execute("SELECT open_audit_era_1()")
-                    await connection.execute("SELECT extend_audit_partitions_1(3)")
+                    await prepare_log(connection)
                 self._schema_ready.set()
                 await self.count_ending()
                 await asyncio.sleep(_UPKEEP)

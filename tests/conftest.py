@@ -13,8 +13,10 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 import asyncpg
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
@@ -151,15 +153,29 @@ async def open_audit_log(running: Running, origin: str, keks: KeyEncryptionKeys)
         await connection.close(timeout=5)
 
 
+def in_database(running: Running, name: str) -> Running:
+    """Return how the same roles enter the database `name`."""
+
+    def renamed(dsn: Secret) -> Secret:
+        return Secret(urlsplit(dsn.reveal())._replace(path=f"/{name}").geturl())
+
+    return msgspec.structs.replace(
+        running,
+        service_dsn=renamed(running.service_dsn),
+        owner_dsn=renamed(running.owner_dsn),
+        superuser_dsn=renamed(running.superuser_dsn),
+    )
+
+
 def _fresh_database(postgres: Running) -> Generator[Running, None, None]:
     name = f"test_{uuid.uuid4().hex[:16]}"
     asyncio.run(_administer(postgres, f"CREATE DATABASE {name} TEMPLATE {DATABASE} OWNER {OWNER}"))
-    yield postgres.with_database(name)
+    yield in_database(postgres, name)
     asyncio.run(_administer(postgres, f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 async def _administer(running: Running, statement: str) -> None:
-    dsn = running.with_database(SUPERUSER).superuser_dsn
+    dsn = in_database(running, SUPERUSER).superuser_dsn
     connection = await asyncpg.connect(dsn.reveal(), timeout=10, command_timeout=30)
     try:
         await connection.execute(statement)

@@ -261,7 +261,7 @@ class Administration:
             self._require_fit_audiences(after)
             _require_no_person(after)
             if after.admin_scopes - before.admin_scopes and any(
-                not held.has_ended(self._clock()) for held in subject.credentials
+                not each.has_ended(self._clock()) for each in subject.credentials
             ):
                 # Whoever may have kept such a secret had not the rights to make one for this.
                 raise Conflict(
@@ -411,8 +411,10 @@ class Administration:
             operator.require(AdminScope.SERVICE_USERS_WRITE)
             subject = await self._store.fresh(service_user_id)
             user = _user(subject)
-            held = next((held for held in subject.credentials if held.id == credential_id), None)
-            if held is None:
+            credential = next(
+                (each for each in subject.credentials if each.id == credential_id), None
+            )
+            if credential is None:
                 raise NotFound(f"{user.name} has no such credential.")
             record = self._record(
                 Action.CREDENTIAL_REVOKE,
@@ -420,17 +422,19 @@ class Administration:
                 user,
                 user.version,
                 origin,
-                {"label": held.label},
+                {"label": credential.label},
                 credential_id=credential_id,
                 reason=reason,
             )
-            return held if await self._store.revoke_credential(credential_id, record) else None
+            done = await self._store.revoke_credential(credential_id, record)
+            return credential if done else None
 
-        held = await self._operators.decided_on_current(operator, act)
-        revoked = msgspec.structs.replace(held, revoked_at=held.revoked_at or self._now())
+        credential = await self._operators.decided_on_current(operator, act)
+        revoked_at = credential.revoked_at or self._now()
+        revoked = msgspec.structs.replace(credential, revoked_at=revoked_at)
         with suppress(StoreUnavailable):
             subject = await self._store.fresh(service_user_id)
-            revoked = next(held for held in subject.credentials if held.id == credential_id)
+            revoked = next(each for each in subject.credentials if each.id == credential_id)
         return revoked, await self.live_tokens(service_user_id, credential_id)
 
     async def live_tokens(
@@ -556,7 +560,7 @@ def require_credentials_fit(user: ServiceUser) -> None:
 
 def require_room(subject: Subject, now: float) -> None:
     """Raise Conflict if a service user has as many credentials as it may, offered ones included."""
-    live = sum(not held.has_ended(now) for held in subject.credentials)
+    live = sum(not each.has_ended(now) for each in subject.credentials)
     if live >= MAX_LIVE_CREDENTIALS:
         name = _user(subject).name
         raise Conflict(
@@ -567,14 +571,17 @@ def require_room(subject: Subject, now: float) -> None:
 def require_own_label(subject: Subject, new: Credential, now: float) -> None:
     """Raise Conflict for the label of another live credential: nobody could tell the two apart.
 
-    That of the one which it succeeds may stay: who rotates by a job says the same each time.
+    That of one which was rotated may stay: who rotates by a job says the same each time, and the
+    one before the last may live still.
     """
     label = new.label.split()
+    rotated = {new.succeeds, *(each.succeeds for each in subject.credentials)}
     if any(
-        held.label.split() == label
-        and held.id not in (new.id, new.succeeds)
-        and not held.has_ended(now)
-        for held in subject.credentials
+        each.label.split() == label
+        and each.id != new.id
+        and each.id not in rotated
+        and not each.has_ended(now)
+        for each in subject.credentials
     ):
         raise Conflict(
             f"{_user(subject).name} has a live credential with the label “{new.label}”. Choose "

@@ -11,13 +11,12 @@ from msgspec import Struct
 
 from keys.keyring import Concern
 from service.authority.audit import Action
-from service.authority.leaked import Held
-from service.authority.model import ENDS_SOON, AdminScope, Clock
+from service.authority.audit.reading import PLACED_WITHIN
+from service.authority.confirmation import HeldAfterRestore
+from service.authority.model import ENDS_SOON, SHOWN_DAYS, AdminScope, Clock, OwnedCredential
 from service.authority.operators import Operator
 from service.authority.usage import EndingCredential
 
-DAYS: Final = 7
-"""For so long what was reported or refused once is shown."""
 REFUSALS_HOURS: Final = 24
 NAMED: Final = 10
 """Things of one kind that are named; of more only that there are more."""
@@ -25,8 +24,6 @@ LOOKED_AT: Final = 1000
 """Records of one kind that are counted, the newest: what is more is so many or more."""
 ENDING_LOOKED_AT: Final = 100
 """Credentials that end next, of which those that nobody needs are left out."""
-CHECKPOINT_LATE: Final = 60.0
-"""Seconds for which a committed record may wait for its checkpoint; one is usual."""
 
 
 class Lately(Struct, frozen=True, kw_only=True):
@@ -88,16 +85,6 @@ class EndingCredentials(Protocol):
         ...
 
 
-class HeldCredentials(Protocol):
-    """Finds credentials that wait for an operator after a restore."""
-
-    async def held_after_restore(
-        self, after: str, limit: int, service_user_id: str | None
-    ) -> Sequence[Held]:
-        """Return those that are held and have not ended, by id, starting after the id `after`."""
-        ...
-
-
 class KeyWatch(Protocol):
     """Knows what a person has to look at about the signing keys."""
 
@@ -135,7 +122,7 @@ class CredentialsNow(Struct, frozen=True, kw_only=True):
 
     ending: Sequence[EndingCredential]
     more_end: bool
-    held: Sequence[Held]
+    held: Sequence[OwnedCredential]
     refused_openings: Lately | None
 
 
@@ -187,7 +174,7 @@ class Watch:
         *,
         store: AttentionStore,
         uses: EndingCredentials,
-        held: HeldCredentials,
+        held: HeldAfterRestore,
         keys: KeyWatch,
         log: LogWatch,
         clock: Clock,
@@ -229,7 +216,7 @@ class Watch:
             ending=needed[:NAMED],
             more_end=len(needed) > NAMED or len(ending) == ENDING_LOOKED_AT,
             held=await self._held.held_after_restore("", NAMED + 1, None),
-            refused_openings=await self._store.refused_openings(DAYS, LOOKED_AT),
+            refused_openings=await self._store.refused_openings(SHOWN_DAYS, LOOKED_AT),
         )
 
     async def _of_the_log(self) -> LogNow:
@@ -237,10 +224,10 @@ class Watch:
         head = await self._store.head()
         return LogNow(
             unknown_tokens=await self._store.tokens_on_no_record(
-                Action.TOKEN_UNKNOWN, DAYS, LOOKED_AT
+                Action.TOKEN_UNKNOWN, SHOWN_DAYS, LOOKED_AT
             ),
             unverifiable_tokens=await self._store.tokens_on_no_record(
-                Action.TOKEN_UNVERIFIABLE, DAYS, LOOKED_AT
+                Action.TOKEN_UNVERIFIABLE, SHOWN_DAYS, LOOKED_AT
             ),
             refusals=refusals,
             more_refusals=more,
@@ -252,4 +239,4 @@ class Watch:
 def is_behind(head: LogHead, now: float) -> bool:
     """Whether a record waits for its checkpoint longer than it should. A log to which nothing
     comes has an old one, and a good one."""
-    return head.waiting_since is not None and now - head.waiting_since.timestamp() > CHECKPOINT_LATE
+    return head.waiting_since is not None and now - head.waiting_since.timestamp() > PLACED_WITHIN

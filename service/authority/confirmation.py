@@ -11,25 +11,36 @@ from msgspec.structs import replace
 
 from service.authority.audit import Action, AuditRecord, Outcome, new_record_id, personal
 from service.authority.errors import Conflict, NotFound
-from service.authority.leaked import Held
-from service.authority.model import AdminScope, ClientAddress, Clock, Credential, Subject
+from service.authority.model import (
+    AdminScope,
+    ClientAddress,
+    Clock,
+    Credential,
+    OwnedCredential,
+    Subject,
+)
 from service.authority.operators import Operator, Operators
 
 PAGE: Final = 200
 """Credentials in one act: others wait for the fence meanwhile."""
 
 
-class HeldCredentials(Protocol):
+class HeldAfterRestore(Protocol):
+    """Finds credentials that wait for an operator after a restore."""
+
+    async def held_after_restore(
+        self, after: str, limit: int, service_user_id: str | None
+    ) -> Sequence[OwnedCredential]:
+        """Return those that are held and have not ended, by id, starting after the id `after`;
+        raise StoreUnavailable."""
+        ...
+
+
+class HeldCredentials(HeldAfterRestore, Protocol):
     """Held credentials in Postgres; every method may raise StoreUnavailable."""
 
     async def fresh(self, client_id: str) -> Subject:
         """Return a service user and its credentials as they are now."""
-        ...
-
-    async def held_after_restore(
-        self, after: str, limit: int, service_user_id: str | None
-    ) -> Sequence[Held]:
-        """Return those that are held and have not ended, by id, starting after the id `after`."""
         ...
 
     async def confirm(self, records: Sequence[AuditRecord]) -> Sequence[bool]:
@@ -41,8 +52,8 @@ class HeldCredentials(Protocol):
 class Confirmed(Struct, frozen=True, kw_only=True):
     """What became of held credentials; of `left` the operator lacks a scope of their holder's."""
 
-    confirmed: list[Held]
-    left: list[Held]
+    confirmed: list[OwnedCredential]
+    left: list[OwnedCredential]
 
 
 class Confirmations:
@@ -82,7 +93,7 @@ class Confirmations:
                 raise Conflict("This credential has ended. Create a new one.")
             if found.held_at is None:
                 return found
-            held = Held(service_user=user, credential=found)
+            held = OwnedCredential(service_user=user, credential=found)
             (done,) = await self._store.confirm([self._record(held, operator, reason, origin)])
             return replace(found, held_at=None) if done else None
 
@@ -95,11 +106,11 @@ class Confirmations:
 
         Page by page, each on record: when this fails half-way, to call it again does the rest.
         """
-        confirmed: list[Held] = []
-        left: list[Held] = []
+        confirmed: list[OwnedCredential] = []
+        left: list[OwnedCredential] = []
         after = ""
 
-        async def act(operator: Operator) -> Sequence[Held] | None:
+        async def act(operator: Operator) -> Sequence[OwnedCredential] | None:
             operator.require(AdminScope.SERVICE_USERS_WRITE)
             page = await self._store.held_after_restore(after, PAGE, service_user_id)
             mine = [each for each in page if each.service_user.admin_scopes <= operator.scopes]
@@ -116,7 +127,7 @@ class Confirmations:
         return Confirmed(confirmed=confirmed, left=left)
 
     def _record(
-        self, held: Held, operator: Operator, reason: str, origin: ClientAddress
+        self, held: OwnedCredential, operator: Operator, reason: str, origin: ClientAddress
     ) -> AuditRecord:
         user = held.service_user
         return AuditRecord(

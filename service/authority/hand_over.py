@@ -21,12 +21,17 @@ from service.authority.audit import (
 )
 from service.authority.client_auth import new_secret, secret_sha256
 from service.authority.errors import AdminRefusal, Conflict, NotFound, TemporarilyUnavailable
-from service.authority.leaked import Held
-from service.authority.model import AdminScope, ClientAddress, Clock, Credential, ServiceUser
+from service.authority.model import (
+    SHOWN_DAYS,
+    AdminScope,
+    ClientAddress,
+    Clock,
+    Credential,
+    OwnedCredential,
+    ServiceUser,
+)
 from service.authority.operators import Operator
 
-SHOWN_DAYS: Final = 7
-"""How long a refused opening is shown to operators, unless they revoke the credential before."""
 SHOWN: Final = 20
 
 
@@ -54,7 +59,7 @@ class RefusedOpening(Struct, frozen=True, kw_only=True):
 class HandedOver(Protocol):
     """Hand-overs in Postgres; every method may raise StoreUnavailable."""
 
-    async def handed_over(self, code_sha256: bytes) -> Held | None:
+    async def handed_over(self, code_sha256: bytes) -> OwnedCredential | None:
         """Return the credential with this code, in whatever state, and whose it is."""
         ...
 
@@ -97,35 +102,42 @@ class HandOvers:
         """
         code_sha256, secret = secret_sha256(code), new_secret()
         for _ in range(2):
-            held = await self._store.handed_over(code_sha256)
-            if held is None:
+            offered = await self._store.handed_over(code_sha256)
+            if offered is None:
                 await self._audit.append_or_count(self._refusal("unknown_code", None, origin))
                 raise NotFound("This link is not known here. Copy all of it, or ask for a new one.")
-            if (refused := why_not(held, self._clock())) is not None:
+            if (refused := why_not(offered, self._clock())) is not None:
                 reason, refusal = refused
-                if await self._audit.append(self._refusal(reason, held, origin)):
+                if await self._audit.append(self._refusal(reason, offered, origin)):
                     raise refusal
                 continue
-            opened = replace(held.credential, opened_at=self._now())
-            record = self._record(Outcome.SUCCESS, None, held, origin)
+            opened = replace(offered.credential, opened_at=self._now())
+            record = self._record(Outcome.SUCCESS, None, offered, origin)
             if await self._store.open_hand_over(code_sha256, secret_sha256(secret), record):
-                return Opened(service_user=held.service_user, credential=opened, secret=secret)
+                return Opened(service_user=offered.service_user, credential=opened, secret=secret)
         raise TemporarilyUnavailable("what was decided on changed twice while it was decided")
 
     async def refused(
         self, operator: Operator, service_user_id: str | None = None
     ) -> Sequence[RefusedOpening]:
-        """Return the refused openings of late, of one service user if it is given."""
+        """Return the refused openings of late, of one service user if it is given. None of a
+        credential that was revoked since."""
         operator.require(AdminScope.SERVICE_USERS_READ)
         return await self._store.refused_openings(SHOWN_DAYS, SHOWN, service_user_id)
 
-    def _refusal(self, reason: str, held: Held | None, origin: ClientAddress) -> AuditRecord:
-        return self._record(Outcome.REFUSED, reason, held, origin)
+    def _refusal(
+        self, reason: str, offered: OwnedCredential | None, origin: ClientAddress
+    ) -> AuditRecord:
+        return self._record(Outcome.REFUSED, reason, offered, origin)
 
     def _record(
-        self, outcome: Outcome, reason: str | None, held: Held | None, origin: ClientAddress
+        self,
+        outcome: Outcome,
+        reason: str | None,
+        offered: OwnedCredential | None,
+        origin: ClientAddress,
     ) -> AuditRecord:
-        user = held.service_user if held else None
+        user = offered.service_user if offered else None
         return AuditRecord(
             id=new_record_id(self._clock()),
             action=Action.CREDENTIAL_OPEN,
@@ -135,8 +147,8 @@ class HandOvers:
             service_user=user.name if user else None,
             source_system=user.source_system if user else None,
             version=user.version if user else None,
-            credential_id=held.credential.id if held else None,
-            details={"label": held.credential.label} if held else {},
+            credential_id=offered.credential.id if offered else None,
+            details={"label": offered.credential.label} if offered else {},
             **personal(origin),
         )
 
@@ -144,12 +156,12 @@ class HandOvers:
         return datetime.fromtimestamp(self._clock(), UTC)
 
 
-def why_not(held: Held, now: float) -> tuple[str, AdminRefusal] | None:
+def why_not(offered: OwnedCredential, now: float) -> tuple[str, AdminRefusal] | None:
     """Return why this hand-over cannot be opened, for the record and in words, or None if it can.
 
     Whoever has the code may know: it was made for them.
     """
-    user, credential = held.service_user, held.credential
+    user, credential = offered.service_user, offered.credential
     if credential.opened_at is not None:
         opened_at = credential.opened_at.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
         return "hand_over_opened", Conflict(

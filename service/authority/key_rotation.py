@@ -187,7 +187,8 @@ class LiveKeyRing:
             key.kid: each.kept for each, key in zip(stored, opened, strict=True) if key.is_attested
         }
         self._read, self._read_at = read, read_at
-        self.loaded = True
+        # Without the right key-encryption keys there is nothing to publish: others can.
+        self.loaded = self.loaded or not stored or bool(self._attested)
         metrics.ring_read_at_seconds.set(read_at)
 
     def _kids(self) -> frozenset[str]:
@@ -209,9 +210,9 @@ class LiveKeyRing:
     def _is_attested(self, stored: StoredKey) -> bool:
         """Whether it was made here. What was found so stays so, with or without its KEK."""
         key, kept = stored.key, stored.kept
-        if (found := self._attested.get(key.kid)) is not None and (
-            (found.attestation, found.public_key) == (kept.attestation, kept.public_key)
-        ):
+        # Another process may have sealed it under a key-encryption key that is not here yet.
+        found = self._attested.get(key.kid)
+        if found is not None and found.public_key == kept.public_key:
             return True
         try:
             require_attested(key.kid, key.public_key, kept.attestation, self._read_keks())

@@ -16,9 +16,8 @@ from service.authority.errors import Conflict
 from service.authority.model import (
     AdminScope,
     ClientAddress,
-    Credential,
     LiveTokens,
-    ServiceUser,
+    OwnedCredential,
     Subject,
 )
 from service.authority.operators import Operator
@@ -27,17 +26,10 @@ REASON: Final = "found leaked"
 """The reason in the record of each such revocation."""
 
 
-class Held(Struct, frozen=True, kw_only=True):
-    """A credential, and whose it is."""
-
-    service_user: ServiceUser
-    credential: Credential
-
-
 class Holders(Protocol):
     """Finds credentials by their secrets."""
 
-    async def held(self, secrets_sha256: Sequence[bytes]) -> Sequence[Held]:
+    async def of_secrets(self, secrets_sha256: Sequence[bytes]) -> Sequence[OwnedCredential]:
         """Return those that are known, the ended ones included; raise StoreUnavailable."""
         ...
 
@@ -62,7 +54,7 @@ class Leak(Struct, frozen=True, kw_only=True):
     `detail` also names what whoever had the secret may have made with it, and is not revoked.
     """
 
-    held: Held
+    owned: OwnedCredential
     fate: Fate
     detail: str
     live_tokens: LiveTokens | None
@@ -79,7 +71,8 @@ class Leaks:
         """Return the credentials with these secrets, and change nothing."""
         operator.require(AdminScope.SERVICE_USERS_READ)
         return [
-            await self._left_alone(held, "") for held in await self._holders.held(secrets_sha256)
+            await self._left_alone(owned, "")
+            for owned in await self._holders.of_secrets(secrets_sha256)
         ]
 
     async def revoke(
@@ -92,52 +85,54 @@ class Leaks:
         """
         operator.require(AdminScope.SERVICE_USERS_WRITE)
         return [
-            await self._revoke(operator, held, origin)
-            for held in await self._holders.held(secrets_sha256)
+            await self._revoke(operator, owned, origin)
+            for owned in await self._holders.of_secrets(secrets_sha256)
         ]
 
-    async def _revoke(self, operator: Operator, held: Held, origin: ClientAddress) -> Leak:
-        if held.credential.revoked_at is not None:
-            return await self._left_alone(held, "")
-        if held.credential.id == operator.credential_id:
+    async def _revoke(
+        self, operator: Operator, owned: OwnedCredential, origin: ClientAddress
+    ) -> Leak:
+        if owned.credential.revoked_at is not None:
+            return await self._left_alone(owned, "")
+        if owned.credential.id == operator.credential_id:
             return await self._left_alone(
-                held,
+                owned,
                 "This is the credential that you call with. Create another one, call with that, "
                 "and revoke this one.",
             )
         try:
             revoked, live_tokens = await self._administration.revoke_credential(
-                operator, held.service_user.id, held.credential.id, origin, reason=REASON
+                operator, owned.service_user.id, owned.credential.id, origin, reason=REASON
             )
         except Conflict as error:
-            return await self._left_alone(held, error.detail)
+            return await self._left_alone(owned, error.detail)
         return Leak(
-            held=replace(
-                held, credential=replace(revoked, last_used_at=held.credential.last_used_at)
+            owned=replace(
+                owned, credential=replace(revoked, last_used_at=owned.credential.last_used_at)
             ),
             fate=Fate.REVOKED,
-            detail=await self._came_of(held),
+            detail=await self._came_of(owned),
             live_tokens=live_tokens,
         )
 
-    async def _left_alone(self, held: Held, detail: str) -> Leak:
-        credential = held.credential
+    async def _left_alone(self, owned: OwnedCredential, detail: str) -> Leak:
+        credential = owned.credential
         return Leak(
-            held=held,
+            owned=owned,
             fate=Fate.KEPT if credential.revoked_at is None else Fate.REVOKED_BEFORE,
-            detail=" ".join(filter(None, (detail, await self._came_of(held)))),
+            detail=" ".join(filter(None, (detail, await self._came_of(owned)))),
             live_tokens=await self._administration.live_tokens(
                 credential.service_user_id, credential.id
             ),
         )
 
-    async def _came_of(self, held: Held) -> str:
+    async def _came_of(self, owned: OwnedCredential) -> str:
         """Say what is left of the credentials that were made with this one, or with those.
 
         They are not revoked with it: mostly its true holder made them, and works with them.
         """
-        subject = await self._holders.fresh(held.service_user.id)
-        made, left = {held.credential.id}, list[str]()
+        subject = await self._holders.fresh(owned.service_user.id)
+        made, left = {owned.credential.id}, list[str]()
         for each in sorted(subject.credentials, key=lambda each: each.created_at):
             if each.succeeds in made:
                 made.add(each.id)

@@ -84,6 +84,8 @@ PEOPLE: Final = "console"
 MAX_LIVE_CREDENTIALS: Final = 10
 ENDS_SOON: Final = 30 * 86_400
 """Seconds before its end from which everybody is told that a credential ends."""
+SHOWN_DAYS: Final = 7
+"""For so long what was reported or refused once is shown to operators, wherever it is shown."""
 
 
 class AdminScope(StrEnum):
@@ -208,6 +210,13 @@ class Credential(Struct, frozen=True, kw_only=True):
     def _lapsed(self, now: float) -> bool:
         ends_at = self.code_ends_at if self.opened_at is None else None
         return ends_at is not None and now >= ends_at.timestamp()
+
+
+class OwnedCredential(Struct, frozen=True, kw_only=True):
+    """A credential, and whose it is."""
+
+    service_user: ServiceUser
+    credential: Credential
 
 
 class Subject(Struct, frozen=True, kw_only=True):

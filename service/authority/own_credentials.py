@@ -114,7 +114,7 @@ class OwnCredentials:
 
 def replaceable(subject: Subject, credential_id: str | None, now: float) -> Credential:
     """Return the credential that may be replaced; raise Conflict, in words, if none may."""
-    old = next((held for held in subject.credentials if held.id == credential_id), None)
+    old = next((each for each in subject.credentials if each.id == credential_id), None)
     if old is None:
         # A token that was minted by hand has none either: its minter must not get a secret by it.
         raise Conflict("There is no credential behind this sign-in or token that could be rotated.")
@@ -127,13 +127,13 @@ def replaceable(subject: Subject, credential_id: str | None, now: float) -> Cred
     return old
 
 
-def successor_of(old: Credential, held: Sequence[Credential]) -> Credential | None:
+def successor_of(old: Credential, credentials: Sequence[Credential]) -> Credential | None:
     """Return what a credential was rotated to, unless that is revoked."""
-    return next((each for each in _successors(old, held) if not each.revoked_at), None)
+    return next((each for each in _successors(old, credentials) if not each.revoked_at), None)
 
 
-def _successors(old: Credential, held: Sequence[Credential]) -> list[Credential]:
-    return [each for each in held if each.succeeds == old.id]
+def _successors(old: Credential, credentials: Sequence[Credential]) -> list[Credential]:
+    return [each for each in credentials if each.succeeds == old.id]
 
 
 def _lifetime(subject: Subject, old: Credential) -> timedelta:

@@ -180,7 +180,7 @@ class Sessions:
         async def decide(subject: Subject, key: SigningKey) -> Decision:
             operator = await self._operators.present(session.operator)
             credential = next(
-                (held for held in subject.credentials if held.id == operator.credential_id), None
+                (each for each in subject.credentials if each.id == operator.credential_id), None
             )
             return self._granted(operator.service_user, credential, key, session.signed_in, origin)
 
@@ -191,7 +191,7 @@ class Sessions:
         user = session.service_user
         record = AuditRecord(
             id=new_record_id(self._clock()),
-            action=Action.SESSION_END,
+            action=Action.TOKEN_END_SESSION,
             outcome=Outcome.SUCCESS,
             service_user_id=user.id,
             service_user=user.name,

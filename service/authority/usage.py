@@ -41,7 +41,7 @@ class Use(Struct, frozen=True, kw_only=True):
     client_address: str | None = None
 
 
-class Standing(StrEnum):
+class UseStanding(StrEnum):
     """What revoking a credential would do to whoever uses it."""
 
     ENDED = "ended"
@@ -63,7 +63,7 @@ class CredentialUse(Struct, frozen=True, kw_only=True):
     last_use: Use | None
     successor: Credential | None
     """The first live credential that was made after it."""
-    standing: Standing
+    standing: UseStanding
     used_recently: bool
     ends_soon: bool
 
@@ -176,13 +176,13 @@ class Usage:
         user = (await self._store.fresh(service_user_id)).service_user
         if user is None:
             raise NotFound("There is no such service user.")
-        held = await self._store.credentials(service_user_id)
+        credentials = await self._store.credentials(service_user_id)
         uses = await self._uses.of_credentials(service_user_id)
         last_use = await self._uses.of_service_user(service_user_id)
         if AdminScope.AUDIT_READ not in operator.scopes:
             uses = {each: replace(use, client_address=None) for each, use in uses.items()}
             last_use = last_use and replace(last_use, client_address=None)
-        judged = judge(held, uses, self._clock())
+        judged = judge(credentials, uses, self._clock())
         used = [each.last_use for each in judged if each.last_use]
         return ServiceUserUse(
             service_user=user,
@@ -261,7 +261,7 @@ def judge(
             credential=credential,
             last_use=last_use,
             successor=successor,
-            standing=Standing.ENDED if ended else _standing(last_use, successor, lately=lately),
+            standing=UseStanding.ENDED if ended else _standing(last_use, successor, lately=lately),
             used_recently=last_use is not None and lately,
             ends_soon=not ended and credential.ends_soon(now),
         )
@@ -274,9 +274,9 @@ def usable_since(credential: Credential) -> datetime:
     return credential.opened_at or credential.created_at
 
 
-def _standing(last_use: Use | None, successor: Credential | None, *, lately: bool) -> Standing:
+def _standing(last_use: Use | None, successor: Credential | None, *, lately: bool) -> UseStanding:
     if successor is None:
-        return Standing.UNREPLACED
+        return UseStanding.UNREPLACED
     if last_use is not None and last_use.at >= usable_since(successor):
-        return Standing.USED
-    return Standing.TOO_EARLY if lately else Standing.SAFE
+        return UseStanding.USED
+    return UseStanding.TOO_EARLY if lately else UseStanding.SAFE

@@ -100,6 +100,12 @@ def credential_id(_: click.Context, __: click.Parameter, value: str | None) -> s
     return value
 
 
+def _reason(_: click.Context, __: click.Parameter, value: str) -> str:
+    if not 3 <= len(value) <= 200:
+        raise click.BadParameter(f"expected 3 to 200 characters, found {len(value)}.")
+    return value
+
+
 def confirm(*consequences: str) -> None:
     """Say what will break and ask; return only on a yes. Wrong usage without a terminal."""
     if not sys.stdin.isatty():
@@ -113,6 +119,12 @@ def confirm(*consequences: str) -> None:
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON: an array for a list, else an object."
+)
+reason_option = click.option(
+    "--reason",
+    required=True,
+    callback=_reason,
+    help="Why: 3 to 200 characters; it goes on record.",
 )
 yes_option = click.option("--yes", is_flag=True, help="Do not ask first.")
 service_user_argument = click.argument("service_user", metavar="SU")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from service.cli.arguments import Moment, authority, json_option, yes_option
+from service.cli.arguments import Moment, authority, json_option, reason_option, yes_option
 from service.cli.export import export
 from service.cli.record_filters import record_filters
 from service.cli.render import Json, print_json, print_table
@@ -38,12 +38,6 @@ def _match(_: click.Context, __: click.Parameter, value: str) -> tuple[str, str]
     if kind not in _MATCHES or not wanted:
         raise click.BadParameter(f"expected {', '.join(_MATCHES)}, then = and a value.")
     return kind, wanted
-
-
-def _reason(_: click.Context, __: click.Parameter, value: str) -> str:
-    if not 3 <= len(value) <= 200:
-        raise click.BadParameter(f"expected 3 to 200 characters, found {len(value)}.")
-    return value
 
 
 @click.group()
@@ -245,7 +239,7 @@ def archive(month: str | None, older_than: int | None, directory: Path, as_json:
     type=Moment(ahead=False, end_of_day=False),
     help="Only records from before: a date (UTC), a time with offset, or a duration back from now.",
 )
-@click.option("--reason", required=True, callback=_reason, help="Why; it goes on record.")
+@reason_option
 @click.option("--dry-run", is_flag=True, help="Only count.")
 @yes_option
 def erase(

@@ -15,6 +15,7 @@ from service.cli.arguments import (
     credential_id,
     given,
     json_option,
+    reason_option,
     service_user_argument,
     yes_option,
 )
@@ -28,7 +29,6 @@ from service.cli.render import (
     print_table,
     printable,
 )
-from service.cli.signing_keys import reason_option
 
 
 @click.group()

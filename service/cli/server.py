@@ -39,7 +39,14 @@ from service.cli.arguments import confirm
 from service.logging import configure_logging
 from service.settings import Settings, SettingsError, warnings
 from service.store.audit_logs import log_keys_kept_elsewhere, newest_vkey, open_log
-from service.store.database import MIGRATING, ConnectionRefused, check_server, connect, sqlstate
+from service.store.database import (
+    MIGRATING,
+    ConnectionRefused,
+    check_server,
+    connect,
+    sqlstate,
+    time_of,
+)
 from service.store.embedded import EmbeddedPostgres, require_running
 from service.store.migrate import MigrationRefused, migrate, require_schema
 
@@ -546,7 +553,7 @@ async def _unusable_keys(settings: Settings) -> list[tuple[str | None, str]]:
 async def _check_clock(settings: Settings) -> str:
     async with _connection(settings) as connection:
         sent = time.time()
-        at = await connection.fetchval("SELECT extract(epoch FROM clock_timestamp())::float8")
+        at = await time_of(connection)
         offset = at - (sent + time.time()) / 2
     if abs(offset) > settings.clock_skew:
         raise StartRefused(f"This clock is {offset:+.1f} s off that of Postgres. Run NTP on both.")
@@ -554,18 +561,18 @@ async def _check_clock(settings: Settings) -> str:
 
 
 async def _check_forged(settings: Settings) -> str:
-    from service.authority.audit.forged import DAYS
+    from service.authority.model import SHOWN_DAYS
     from service.store.audit_events import AuditEvents
     from service.store.database import Database
 
     async with Database(_dsn(settings), application_name="privyseal command") as database:
-        count = await AuditEvents(database, clock_skew=settings.clock_skew).count_forged(DAYS)
+        count = await AuditEvents(database, clock_skew=settings.clock_skew).count_forged(SHOWN_DAYS)
     if count:
         raise StartRefused(
-            f"{count} forged tokens were noticed in the last {DAYS} days: a signing key is in "
-            "other hands. See: privyseal audit list --action token.forged"
+            f"{count} forged tokens were noticed in the last {SHOWN_DAYS} days: a signing key is "
+            "in other hands. See: privyseal audit list --action token.forged"
         )
-    return f"no forged token was noticed in the last {DAYS} days"
+    return f"no forged token was noticed in the last {SHOWN_DAYS} days"
 
 
 _CHECKS: Final[dict[str, Callable[[Settings], Coroutine[Any, Any, str]]]] = {
@@ -698,7 +705,7 @@ async def _bootstrapped(
 
     async with _connection(settings) as connection:
         await require_schema(connection)
-        now = await connection.fetchval("SELECT extract(epoch FROM clock_timestamp())::float8")
+        now = await time_of(connection)
     user, credential, secret, record = first_operator(name, settings.api_audience, now, reason)
     async with Database(_dsn(settings), application_name="privyseal bootstrap") as database:
         users = ServiceUsers(database, clock_skew=settings.clock_skew)
@@ -727,9 +734,7 @@ async def _recovered(settings: Settings, reason: str) -> None:
             store = SigningKeys(database, clock_skew=settings.clock_skew)
             kids = [each.key.kid for each in await store.published_keys()]
             async with database.connection() as connection:
-                now = await connection.fetchval(
-                    "SELECT extract(epoch FROM clock_timestamp())::float8"
-                )
+                now = await time_of(connection)
             signing, following = [await kept.new_key(settings.key_bits) for _ in range(2)]
             record = recovery_record(signing.kid, now, reason, kids)
             policy = rotation_policy(settings)
@@ -750,7 +755,7 @@ async def _rewrapped(settings: Settings) -> None:
         store = SigningKeys(database, clock_skew=settings.clock_skew)
         published = [each.kept for each in await store.published_keys()]
         async with database.connection() as connection:
-            now = await connection.fetchval("SELECT extract(epoch FROM clock_timestamp())::float8")
+            now = await time_of(connection)
         changed = False
         foreign: list[str] = []
         for number, before in enumerate(published, start=1):

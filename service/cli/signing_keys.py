@@ -11,7 +11,7 @@ from urllib.parse import quote as quoted
 
 import click
 
-from service.cli.arguments import authority, confirm, json_option, yes_option
+from service.cli.arguments import authority, confirm, json_option, reason_option, yes_option
 from service.cli.render import Json, moment, print_fields, print_json, print_table, printable
 
 if TYPE_CHECKING:
@@ -64,20 +64,6 @@ def _published(api: "Authority", beginning: str) -> Json:
             "Give more of it."
         )
     return keys[0]
-
-
-def _reason(_: click.Context, __: click.Parameter, value: str) -> str:
-    if not 3 <= len(value) <= 200:
-        raise click.BadParameter(f"expected 3 to 200 characters, found {len(value)}.")
-    return value
-
-
-reason_option = click.option(
-    "--reason",
-    required=True,
-    callback=_reason,
-    help="Why: 3 to 200 characters; it goes on record.",
-)
 
 
 @click.group()

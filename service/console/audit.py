@@ -21,8 +21,8 @@ from service.authority.audit.reading import Alarms, AuditReading, Examined, may_
 from service.authority.model import AdminScope, Clock
 from service.authority.operators import Operator
 from service.console.audit_filters import COMMON, FURTHER, Filter, Query, read_query
-from service.console.page import AnyRequest, Download, page
-from service.http.context import origin_of
+from service.console.page import Download, page
+from service.http.context import AnyRequest, origin_of
 from service.http.errors import Refused
 
 ExportStream: TypeAlias = Callable[[AsyncGenerator[Sequence[Proven], None], str], ASGIApp]

@@ -24,7 +24,7 @@ from service.authority.model import (
     SOURCE_SYSTEM,
 )
 from service.console.forms import MAX_FIELDS, Form
-from service.console.page import AnyRequest
+from service.http.context import AnyRequest
 from service.http.errors import Refused
 
 CURSOR: Final = "cursor"

@@ -25,19 +25,20 @@ from service.authority.model import (
     new_id,
 )
 from service.authority.operators import Operator
-from service.authority.usage import CredentialUse, ServiceUserUse, Standing, Usage
+from service.authority.usage import CredentialUse, ServiceUserUse, Usage, UseStanding
 from service.console.forms import Form
 from service.console.gate import form_of
-from service.console.page import AnyRequest, page, redirect
+from service.console.page import page, redirect
 from service.console.samples import Installation
 from service.console.service_user_form import checked, fits, one_line
-from service.console.service_users import (
-    PATH,
+from service.console.service_users import PATH, beside
+from service.http.context import (
+    AnyRequest,
     CredentialIdInPath,
     ServiceUserIdInPath,
-    beside,
+    note,
+    origin_of,
 )
-from service.http.context import note, origin_of
 from service.http.errors import Refused
 
 LIFETIMES: Final[Mapping[str, str]] = {
@@ -240,12 +241,12 @@ async def choices(
 ) -> dict[str, Any]:
     """Return what each form for a new credential is made with: how long it may live, the labels
     that are taken, and the id that it will have."""
-    held = await administration.credentials(operator, service_user_id)
+    credentials = await administration.credentials(operator, service_user_id)
     tomorrow = datetime.fromtimestamp(now, UTC) + timedelta(days=1)
     return {
         "lifetimes": LIFETIMES,
         "first_day": tomorrow.date().isoformat(),
-        "taken": sorted({each.label for each in held if not each.has_ended(now)}),
+        "taken": sorted({each.label for each in credentials if not each.has_ended(now)}),
         "credential_id": new_id("cr"),
     }
 
@@ -298,7 +299,7 @@ def _distinction(of: ServiceUserUse, one: CredentialUse) -> str:
     label = one.credential.label.split()
     others = (each for each in of.credentials if each is not one)
     if any(
-        each.credential.label.split() == label and each.standing is not Standing.ENDED
+        each.credential.label.split() == label and each.standing is not UseStanding.ENDED
         for each in others
     ):
         return one.credential.id[-6:]

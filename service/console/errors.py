@@ -13,7 +13,8 @@ from litestar.exceptions import ValidationException
 
 from service.authority.errors import AdminRefusal, NotFound, Unauthenticated
 from service.console.gate import sign_in_first
-from service.console.page import AnyRequest, page
+from service.console.page import page
+from service.http.context import AnyRequest
 from service.http.errors import EXCEPTION_HANDLERS
 
 _NOTHING: Final = {

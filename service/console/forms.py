@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import Final
 from urllib.parse import parse_qsl
 
-from service.console.page import AnyRequest
+from service.http.context import AnyRequest
 from service.http.errors import Refused
 
 CSRF: Final = "csrf"

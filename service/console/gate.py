@@ -20,16 +20,8 @@ from service.authority.model import Clock
 from service.authority.operators import Operator
 from service.authority.sessions import Session, Sessions
 from service.console.forms import CSRF, Form, read_form
-from service.console.page import (
-    COOKIE,
-    HOME,
-    AnyRequest,
-    is_csrf_token,
-    page,
-    redirect,
-    set_session,
-)
-from service.http.context import note, noted, origin_of
+from service.console.page import COOKIE, HOME, is_csrf_token, page, redirect, set_session
+from service.http.context import AnyRequest, note, noted, origin_of
 from service.http.errors import Refused, note_refusal
 
 log = structlog.stdlib.get_logger()

@@ -19,11 +19,10 @@ from service.authority.operators import Operator
 from service.console.credentials import NO_EXPIRY, choices, expiry, id_of, made_already
 from service.console.forms import Form
 from service.console.gate import PUBLIC, form_of
-from service.console.page import AnyRequest, page
+from service.console.page import page
 from service.console.samples import Installation
 from service.console.service_user_form import checked, one_line
-from service.console.service_users import ServiceUserIdInPath
-from service.http.context import note, origin_of
+from service.http.context import AnyRequest, ServiceUserIdInPath, note, origin_of
 from service.http.errors import status_of
 
 

@@ -12,8 +12,9 @@ from service.authority.model import Clock
 from service.authority.own_credentials import OwnCredentials
 from service.console.gate import session_of
 from service.console.own import own_home
-from service.console.page import AnyRequest, page
+from service.console.page import page
 from service.console.samples import Installation
+from service.http.context import AnyRequest
 
 MEANINGS: Final[Mapping[str, str]] = {
     "unknown_client": "No service user has this client id.",

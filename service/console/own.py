@@ -17,10 +17,10 @@ from service.authority.operators import Operator
 from service.authority.own_credentials import OVERLAP, OwnCredentials, successor_of
 from service.authority.sessions import Session
 from service.console.gate import form_of
-from service.console.page import AnyRequest, page
+from service.console.page import page
 from service.console.samples import Installation
 from service.console.service_user_form import fits, one_line
-from service.http.context import note, origin_of
+from service.http.context import AnyRequest, note, origin_of
 
 
 class OwnController(Controller):
@@ -44,11 +44,11 @@ class OwnController(Controller):
             "own/me.html",
             user=operator.service_user,
             credentials=[
-                (held, held.state(clock()), held.ends_soon(clock())) for held in credentials
+                (each, each.state(clock()), each.ends_soon(clock())) for each in credentials
             ],
             own=own,
             successor=own and successor_of(own, credentials),
-            labels={held.id: held.label for held in credentials},
+            labels={each.id: each.label for each in credentials},
         )
 
     @get("/rotate", opt={"action": Action.CREDENTIAL_ROTATE})
@@ -125,7 +125,7 @@ async def own_home(
 
 
 def _own(operator: Operator, credentials: Sequence[Credential]) -> Credential | None:
-    return next((held for held in credentials if held.id == operator.credential_id), None)
+    return next((each for each in credentials if each.id == operator.credential_id), None)
 
 
 async def _asked(

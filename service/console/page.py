@@ -14,13 +14,13 @@ from typing import Any, Final
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, pass_context
 from jinja2.runtime import Context
-from litestar import Request, Response
+from litestar import Response
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from markupsafe import Markup
 
 from service.authority.model import AccessToken, AdminScope
 from service.authority.sessions import Session
-from service.http.context import note, noted, origin_of
+from service.http.context import AnyRequest, note, noted, origin_of
 
 HOME: Final = "/console"
 _PAGES: Final = (
@@ -63,8 +63,6 @@ HEADERS: Final[Mapping[str, str]] = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-
-AnyRequest = Request[Any, Any, Any]
 
 
 class Asset:

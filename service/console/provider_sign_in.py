@@ -23,9 +23,9 @@ from service.authority.errors import (
 from service.authority.people import People
 from service.authority.sessions import Sessions
 from service.console.gate import PUBLIC, own_path
-from service.console.page import HOME, AnyRequest, page, redirect, set_session
+from service.console.page import HOME, page, redirect, set_session
 from service.console.provider import TRANSACTION, Provider, SignInFailed, Transaction
-from service.http.context import note, origin_of
+from service.http.context import AnyRequest, note, origin_of
 
 COOKIE: Final = "__Host-privyseal-sign-in"
 

@@ -16,13 +16,14 @@ from service.console.gate import PUBLIC, operator_of
 from service.console.hand_over import HandOverController, OpeningController
 from service.console.home import HomeController
 from service.console.own import OwnController
-from service.console.page import ASSETS, HEADERS, HOME, AnyRequest, redirect
+from service.console.page import ASSETS, HEADERS, HOME, redirect
 from service.console.provider_sign_in import ProviderController
 from service.console.service_users import ApiKeyController
 from service.console.sign_in import SignInController
 from service.console.signing_keys import SigningKeysController
 from service.console.token import TokenController
 from service.console.upload import UploadController
+from service.http.context import AnyRequest
 
 MAX_BODY = 65_536
 

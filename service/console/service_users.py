@@ -7,12 +7,12 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Annotated, Any, Final
+from typing import Any, Final
 from urllib.parse import urlencode
 
 from litestar import Controller, Response, get, post
 from litestar.di import NamedDependency
-from litestar.params import FromQuery, PathParameter
+from litestar.params import FromQuery
 
 from service.authority.administration import (
     Administration,
@@ -23,7 +23,6 @@ from service.authority.audit import Action
 from service.authority.errors import Conflict, Invalid, PreconditionFailed
 from service.authority.hand_over import HandOvers
 from service.authority.model import (
-    CREDENTIAL_ID,
     MAX_SEARCH,
     NAME,
     SERVICE_USER_ID,
@@ -36,7 +35,7 @@ from service.authority.model import (
 from service.authority.operators import Operator
 from service.authority.usage import MANY_TOKENS, Usage
 from service.console.gate import form_of
-from service.console.page import AnyRequest, page, redirect
+from service.console.page import page, redirect
 from service.console.service_user_form import (
     FIELDS,
     Base,
@@ -49,16 +48,12 @@ from service.console.service_user_form import (
     read_typed,
     typed_as,
 )
-from service.http.context import note, origin_of
+from service.http.context import AnyRequest, ServiceUserIdInPath, note, origin_of
 from service.http.errors import Refused, status_of
 
 PATH: Final = "/console/service-users"
 PAGE_SIZE: Final = 50
 SUGGESTED: Final = 50
-
-# Litestar reads the constraints of a parameter from its own marker only.
-ServiceUserIdInPath = Annotated[str, PathParameter(pattern=SERVICE_USER_ID)]
-CredentialIdInPath = Annotated[str, PathParameter(pattern=CREDENTIAL_ID)]
 
 SCOPES: Final[Mapping[str, str]] = {
     "ingest:write": "bring documents in",

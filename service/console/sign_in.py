@@ -27,8 +27,8 @@ from service.console.gate import (
     renew,
     session_of,
 )
-from service.console.page import COOKIE, HOME, AnyRequest, page, redirect, set_session
-from service.http.context import note, origin_of
+from service.console.page import COOKIE, HOME, page, redirect, set_session
+from service.http.context import AnyRequest, note, origin_of
 
 
 class SignInController(Controller):
@@ -122,7 +122,11 @@ class SignInController(Controller):
         await renew(request, sessions)
         return page(request, "session.txt")
 
-    @post("/sign-out", opt={ANYBODY: True, "action": Action.SESSION_END}, status_code=HTTPStatus.OK)
+    @post(
+        "/sign-out",
+        opt={ANYBODY: True, "action": Action.TOKEN_END_SESSION},
+        status_code=HTTPStatus.OK,
+    )
     async def sign_out(
         self, request: AnyRequest, sessions: NamedDependency[Sessions]
     ) -> Response[Any]:

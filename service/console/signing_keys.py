@@ -5,12 +5,11 @@ Shows no private half; decides nothing about a key.
 
 from contextlib import suppress
 from http import HTTPStatus
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 import msgspec
 from litestar import Controller, Response, get, post
 from litestar.di import NamedDependency
-from litestar.params import PathParameter
 
 from keys.keyring import KeyState, SigningKey
 from service.authority.attention import NAMED, Watch
@@ -26,13 +25,13 @@ from service.authority.errors import (
 )
 from service.authority.key_administration import KeyAdministration, Outlook, Revocation
 from service.authority.key_rotation import EndedKey
-from service.authority.model import KID, AdminScope, ReasonText
+from service.authority.model import AdminScope, ReasonText
 from service.authority.operators import Operator
 from service.authority.sessions import Sessions
 from service.console.gate import form_of, renew
-from service.console.page import AnyRequest, page, redirect
+from service.console.page import page, redirect
 from service.console.timeline import Life, timeline
-from service.http.context import note, noted, origin_of
+from service.http.context import AnyRequest, KidInPath, note, noted, origin_of
 from service.http.errors import status_of
 
 HERE: Final = "/console/signing-keys"
@@ -42,9 +41,6 @@ SHORT: Final = 8
 MAX_VERIFIERS: Final = 50
 JUST_NOW: Final = 600.0
 """Seconds for which a key that began to sign is pointed out."""
-
-# Litestar reads the constraints of a parameter from its own marker only.
-KidInPath = Annotated[str, PathParameter(pattern=KID)]
 
 
 class SigningKeysController(Controller):

@@ -17,9 +17,8 @@ from service.authority.errors import Forbidden, NotFound, OAuthError
 from service.authority.model import ServiceUser
 from service.console.forms import Form
 from service.console.gate import form_of, session_of
-from service.console.page import AnyRequest, page, redirect
-from service.console.service_users import ServiceUserIdInPath
-from service.http.context import note, origin_of
+from service.console.page import page, redirect
+from service.http.context import AnyRequest, ServiceUserIdInPath, note, origin_of
 from service.http.errors import status_of
 
 _PATH: Final = "/console/token"

@@ -20,7 +20,7 @@ from service.authority.operators import Operator
 from service.console.forms import Form
 from service.console.gate import form_of, session_of
 from service.console.ingest_client import Answer, IngestClient, Unreachable
-from service.console.page import AnyRequest, page, redirect
+from service.console.page import page, redirect
 from service.console.samples import (
     Installation,
     Upload,
@@ -29,9 +29,8 @@ from service.console.samples import (
     python_sample,
     upload_command,
 )
-from service.console.service_users import ServiceUserIdInPath
 from service.console.token import chosen, told
-from service.http.context import origin_of
+from service.http.context import AnyRequest, ServiceUserIdInPath, origin_of
 
 RECORD_PATIENCE: Final = 5.0
 """Seconds that a try waits for its record: the ingest service reports once a second."""

@@ -26,8 +26,8 @@ from service.authority.model import (
     AdminScope,
 )
 from service.authority.operators import Operator
-from service.http.context import MAX_USER_AGENT, origin_of
-from service.http.errors import AnyRequest, Refused
+from service.http.context import MAX_USER_AGENT, AnyRequest, origin_of
+from service.http.errors import Refused
 from service.http.export import ExportStream, Format
 
 # An id or a name, which never look alike.

@@ -14,8 +14,7 @@ from service.authority.audit import Action
 from service.authority.audit.events import EventReports
 from service.authority.audit.reported import Event, EventResult
 from service.authority.operators import Operator
-from service.http.context import origin_of
-from service.http.errors import AnyRequest
+from service.http.context import AnyRequest, origin_of
 
 MAX_REPORT: Final = 1_048_576
 MAX_EVENTS: Final = 1000

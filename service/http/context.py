@@ -1,4 +1,5 @@
-"""What every request brings along: its id, its origin, and later who calls and what was refused.
+"""What every request brings along: its id, its origin, the ids in its path, and later who calls and
+what was refused.
 
 Judges nothing and answers nothing; it sees every answer leave.
 """
@@ -8,17 +9,26 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import IPv4Network, IPv6Network, ip_address
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import structlog
+from litestar import Request
+from litestar.params import PathParameter
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import metrics
-from service.authority.model import ClientAddress
+from service.authority.model import CREDENTIAL_ID, KID, SERVICE_USER_ID, ClientAddress
 
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MAX_USER_AGENT: Final = 200
 _NOT_PRINTABLE: Final = re.compile(r"[^\x20-\x7e]")
+
+AnyRequest = Request[Any, Any, Any]
+
+# Litestar reads the constraints of a parameter from its own marker only.
+ServiceUserIdInPath = Annotated[str, PathParameter(pattern=SERVICE_USER_ID)]
+CredentialIdInPath = Annotated[str, PathParameter(pattern=CREDENTIAL_ID)]
+KidInPath = Annotated[str, PathParameter(pattern=KID)]
 
 Networks = Sequence[IPv4Network | IPv6Network]
 RecordRefusal = Callable[[Scope], Awaitable[None]]

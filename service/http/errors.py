@@ -11,7 +11,7 @@ from typing import Any, Final, cast
 
 import msgspec
 import structlog
-from litestar import Request, Response
+from litestar import Response
 from litestar.exceptions import HTTPException, ValidationException
 
 from keys.envelope import EnvelopeError
@@ -32,7 +32,7 @@ from service.authority.errors import (
     Unauthenticated,
 )
 from service.authority.model import EXPECTED
-from service.http.context import note, origin_of
+from service.http.context import AnyRequest, note, origin_of
 
 PROBLEM: Final = "application/problem+json"
 NO_STORE: Final = {"Cache-Control": "no-store"}
@@ -48,8 +48,6 @@ _STATUS: Final[Mapping[type[AdminRefusal], HTTPStatus]] = {
 }
 
 log = structlog.stdlib.get_logger()
-
-AnyRequest = Request[Any, Any, Any]
 
 # As msgspec says it.
 _IN_WORDS: Final[Mapping[str, str]] = {

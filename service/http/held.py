@@ -3,9 +3,9 @@
 Decides nothing, and tells of no secret.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from litestar import Controller, Request, post
+from litestar import Controller, post
 from litestar.di import NamedDependency
 from litestar.params import JSONBody
 from msgspec import Meta, Struct
@@ -14,10 +14,9 @@ from service.authority.audit import Action
 from service.authority.confirmation import Confirmations
 from service.authority.model import SERVICE_USER_ID
 from service.authority.operators import Operator
-from service.http.context import origin_of
+from service.http.context import AnyRequest, origin_of
 from service.http.signing_keys import ReasonText
 
-AnyRequest = Request[Any, Any, Any]
 ServiceUserId = Annotated[
     str, Meta(pattern=SERVICE_USER_ID, examples=["su_aaaaaaaaaaaaaaaaaaaaaaaa"])
 ]

@@ -16,8 +16,7 @@ from service.authority.audit import Action
 from service.authority.leaked import Fate, Leak, Leaks
 from service.authority.model import Clock, LiveTokens
 from service.authority.operators import Operator
-from service.http.context import origin_of
-from service.http.errors import AnyRequest
+from service.http.context import AnyRequest, origin_of
 
 MAX_DIGESTS: Final = 1000
 
@@ -104,7 +103,7 @@ class LeakedCredentialController(Controller):
 
 
 def _credential(leak: Leak, now: float) -> LeakedCredential:
-    credential, user = leak.held.credential, leak.held.service_user
+    credential, user = leak.owned.credential, leak.owned.service_user
     return LeakedCredential(
         secret_sha256=urlsafe_b64encode(credential.secret_sha256).decode().rstrip("="),
         id=credential.id,

@@ -3,6 +3,7 @@
 Serves JSON only; no page that loads scripts from elsewhere.
 """
 
+from importlib.metadata import version
 from typing import Final, cast
 
 import msgspec
@@ -31,11 +32,8 @@ from litestar.openapi.spec import (
 from litestar.openapi.spec.enums import OpenAPIType
 from litestar.routes import HTTPRoute
 
-from service.authority.audit.forged import DAYS
-from service.authority.model import AdminScope
+from service.authority.model import SHOWN_DAYS, AdminScope
 from service.http import audit_tree, token, well_known
-
-VERSION: Final = "0.1.0"
 
 _STRING: Final = Schema(type=OpenAPIType.STRING)
 _ALERT: Final = "Privyseal-Alert"
@@ -43,8 +41,8 @@ _ALERT_HEADER: Final = OpenAPIHeader(
     # Neither is written: in a header they would say what its name and place say already.
     name="",
     param_in="header",
-    description=f"How many forged tokens were noticed in the last {DAYS} days: a signing key is "
-    "in other hands. Absent while there are none, and for callers that may only report.",
+    description=f"How many forged tokens were noticed in the last {SHOWN_DAYS} days: a signing key "
+    "is in other hands. Absent while there are none, and for callers that may only report.",
     schema=Schema(type=OpenAPIType.STRING, pattern="^token\\.forged [1-9][0-9]*$"),
 )
 _IF_MATCH: Final = Parameter(
@@ -60,7 +58,7 @@ def config(issuer: str) -> OpenAPIConfig:
     """Return what the description says of the whole."""
     return OpenAPIConfig(
         title="Privyseal",
-        version=VERSION,
+        version=version("privyseal"),
         description="Short-lived signed tokens for machines: verified offline, all on record.",
         license=License(name="Apache-2.0", identifier="Apache-2.0"),
         servers=[Server(url=issuer)],

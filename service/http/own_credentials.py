@@ -14,14 +14,8 @@ from service.authority.audit import Action
 from service.authority.model import Clock, Label
 from service.authority.operators import Operator
 from service.authority.own_credentials import OwnCredentials
-from service.http.admin import (
-    AnyRequest,
-    CreatedCredential,
-    CredentialBody,
-    CredentialList,
-    credential_body,
-)
-from service.http.context import origin_of
+from service.http.admin import CreatedCredential, CredentialBody, CredentialList, credential_body
+from service.http.context import AnyRequest, origin_of
 from service.http.errors import NO_STORE
 
 
@@ -68,8 +62,8 @@ class OwnCredentialController(Controller):
     ) -> Response[RotatedCredential]:
         """Replace the credential behind the caller's token: that one ends in 7 days.
 
-        The successor lives as long as the old one was made for. Its label is one that none of the
-        caller's other live credentials has. This takes no scope.
+        The successor lives as long as the old one was made for. Its label is one that no other
+        live credential of the caller has, but for those that were rotated. This takes no scope.
         """
         rotated = await own_credentials.rotate(operator, data.label, origin_of(request.scope))
         now = clock()

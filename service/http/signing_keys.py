@@ -4,23 +4,19 @@ Shows no private half; decides nothing about a key.
 """
 
 from datetime import UTC, datetime
-from typing import Annotated, Any
 
-from litestar import Controller, Request, get, post
+from litestar import Controller, get, post
 from litestar.di import NamedDependency
-from litestar.params import JSONBody, PathParameter
+from litestar.params import JSONBody
 from msgspec import Struct
 
 from keys.keyring import KeyState, SigningKey
 from service.authority.audit import Action
 from service.authority.evidence import VerifierInstance
 from service.authority.key_administration import KeyAdministration, Revocation, Rotation
-from service.authority.model import KID, ReasonText
+from service.authority.model import ReasonText
 from service.authority.operators import Operator
-from service.http.context import origin_of
-
-AnyRequest = Request[Any, Any, Any]
-KidInPath = Annotated[str, PathParameter(pattern=KID)]
+from service.http.context import AnyRequest, KidInPath, origin_of
 
 
 class SigningKeyBody(Struct, frozen=True, kw_only=True):

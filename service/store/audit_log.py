@@ -30,12 +30,11 @@ from service.store.database import (
     connect,
     loss_as_unavailable,
     sqlstate,
+    time_of,
 )
 from service.store.service_users import SELECT_SUBJECT, as_json, subject
 
 COMMIT_RECORDS = "SELECT recorded, extract(epoch FROM at)::float8 FROM commit_records_1($1, $2)"
-
-SELECT_TIME = "SELECT extract(epoch FROM clock_timestamp())::float8"
 
 SELECT_ISSUANCE = """
 SELECT service_user_id, credential_id, signing_input_sha256
@@ -44,7 +43,7 @@ SELECT service_user_id, credential_id, signing_input_sha256
 
 SELECT_SESSION_END = """
 SELECT EXISTS (SELECT FROM audit_records
-                WHERE action = 'session.end' AND details ->> 'session' = $1)
+                WHERE action = 'token.end_session' AND details ->> 'session' = $1)
 """
 
 # Where the records of a page stand is found first, from an index alone if there is one for that:
@@ -162,7 +161,7 @@ class PostgresRecordWriter:
     async def _learn_time(self, connection: "Connection") -> None:
         sent = self._clock.wall()
         with loss_as_unavailable():
-            at = await connection.fetchval(SELECT_TIME)
+            at = await time_of(connection)
         self._clock.observe(at, sent=sent, received=self._clock.wall())
         if abs(self._clock.offset) > self._clock_skew:
             log.warning("clock_is_off", offset_s=round(self._clock.offset, 1))

@@ -1,4 +1,4 @@
-"""Opens the audit log of a database, for who owns it.
+"""Opens the audit log of a database, for who owns it, and keeps room ahead for its records.
 
 Reads and writes no record.
 """
@@ -11,11 +11,21 @@ from keys.checkpoint import NoteVerifier
 from keys.log_key import KeptLogKey
 from service.store.database import Connection, loss_as_unavailable
 
+OPEN_ERA: Final = "SELECT open_audit_era_1()"
+EXTEND_PARTITIONS: Final = "SELECT extend_audit_partitions_1(3)"
+
 OPEN_LOG: Final = "SELECT open_audit_log_2($1, $2, $3, $4)"
 
 SELECT_PUBLIC_KEY: Final = "SELECT origin, public_key FROM audit_logs ORDER BY log DESC LIMIT 1"
 
 SELECT_KEPT_ELSEWHERE: Final = "SELECT signer FROM audit_logs WHERE signer <> 'local:'"
+
+
+async def prepare_log(connection: Connection) -> None:
+    """Make the partitions of the coming three months; in a cluster that the log does not know yet,
+    open an era of it first."""
+    await connection.execute(OPEN_ERA)
+    await connection.execute(EXTEND_PARTITIONS)
 
 
 async def open_log(connection: Connection, key: KeptLogKey) -> bool:

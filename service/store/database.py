@@ -239,6 +239,11 @@ async def fetch_durable(connection: Connection, call: str, *arguments: object) -
     return value
 
 
+async def time_of(connection: Connection) -> float:
+    """Return the time of the database, in seconds since the epoch."""
+    return await connection.fetchval("SELECT extract(epoch FROM clock_timestamp())::float8")
+
+
 async def check_server(dsn: Secret) -> None:
     """Raise `StartRefused` with every reason not to serve from this database, a line each.
 

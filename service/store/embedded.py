@@ -21,7 +21,6 @@ import time
 from importlib.util import find_spec
 from io import TextIOWrapper
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import msgspec
 import structlog
@@ -75,19 +74,6 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
     service_dsn: Secret
     owner_dsn: Secret
     superuser_dsn: Secret
-
-    def with_database(self, name: str) -> "Running":
-        """Return how the same roles enter the database `name`."""
-
-        def renamed(dsn: Secret) -> Secret:
-            return Secret(urlsplit(dsn.reveal())._replace(path=f"/{name}").geturl())
-
-        return msgspec.structs.replace(
-            self,
-            service_dsn=renamed(self.service_dsn),
-            owner_dsn=renamed(self.owner_dsn),
-            superuser_dsn=renamed(self.superuser_dsn),
-        )
 
 
 class RunningFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

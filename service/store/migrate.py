@@ -99,11 +99,6 @@ async def pending(connection: Connection, directory: Path = MIGRATIONS) -> list[
     return migrations[len(applied) :]
 
 
-async def schema_compatible(connection: Connection, directory: Path = MIGRATIONS) -> bool:
-    """Tell whether the database has every migration that this code needs."""
-    return not await pending(connection, directory)
-
-
 async def require_schema(connection: Connection, directory: Path = MIGRATIONS) -> None:
     """Raise `StartRefused` unless the database has every migration that this code needs."""
     if left := await pending(connection, directory):

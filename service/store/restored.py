@@ -9,20 +9,18 @@ from typing import Final
 from keys.keyring import RotationPolicy
 from service.authority.audit import AuditRecord
 from service.authority.restore import Successor, Toll
-from service.store.database import Database, fetch_durable
-from service.store.service_users import as_json
+from service.store.database import Database, fetch_durable, time_of
+from service.store.service_users import NOT_ENDED, as_json
 from service.store.signing_keys import key_as_json
 
-SELECT_NOW: Final = "SELECT extract(epoch FROM clock_timestamp())::float8"
-
-SELECT_TOLL: Final = """
+SELECT_TOLL: Final = f"""
 SELECT ARRAY(SELECT kid FROM signing_keys WHERE state IN ('pending', 'active', 'retiring')
               ORDER BY kid) AS published_kids,
-       (SELECT count(*) FROM credentials
-         WHERE revoked_at IS NULL AND expires_at > statement_timestamp()) AS live_credentials,
+       (SELECT count(*) FROM credentials c
+         WHERE c.held_at IS NULL AND {NOT_ENDED.format(c="c")}) AS live_credentials,
        (SELECT count(*) FROM service_users
          WHERE source_system = 'console' AND status = 'active') AS active_people
-"""
+"""  # noqa: S608
 
 ACCEPT: Final = "SELECT accept_restored_1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)"
 
@@ -37,11 +35,11 @@ class RestoredDatabase:
     async def now(self) -> float:
         """Return the time of the database."""
         async with self._database.connection() as connection:
-            return await connection.fetchval(SELECT_NOW)
+            return await time_of(connection)
 
     async def toll(self) -> Toll:
-        """Return the published keys, and how many credentials have not ended and people may sign
-        in."""
+        """Return the published keys, how many credentials that have not ended are not held yet,
+        and how many people may sign in."""
         async with self._database.connection() as connection:
             row = await connection.fetchrow(SELECT_TOLL)
         assert row is not None

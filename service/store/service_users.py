@@ -15,11 +15,11 @@ from service import metrics
 from service.authority.audit import AuditRecord
 from service.authority.errors import Conflict
 from service.authority.hand_over import RefusedOpening
-from service.authority.leaked import Held
 from service.authority.model import (
     SERVICE_USER_ID,
     Credential,
     LiveTokens,
+    OwnedCredential,
     ServiceUser,
     ServiceUserFilter,
     Status,
@@ -33,6 +33,11 @@ SERVICE_USER_COLUMNS = """su.id, su.name, su.source_system, su.owner, su.contact
 _CREDENTIAL_COLUMNS = """c.id AS credential_id, c.label, c.secret_sha256,
     c.created_at AS credential_created_at, c.expires_at, c.revoked_at, c.held_at, c.code_ends_at,
     c.opened_at, c.succeeds"""
+
+NOT_ENDED: Final = """{c}.revoked_at IS NULL AND {c}.expires_at > statement_timestamp()
+    AND ({c}.code_ends_at IS NULL OR {c}.opened_at IS NOT NULL
+         OR {c}.code_ends_at > statement_timestamp())"""
+"""`authority.model.Credential.has_ended`, denied: nobody can open a link that lapsed, either."""
 
 SELECT_SUBJECT = f"""
 SELECT {SERVICE_USER_COLUMNS}, {_CREDENTIAL_COLUMNS}
@@ -62,7 +67,7 @@ SELECT c.id, c.service_user_id, c.label, c.secret_sha256, c.created_at, c.expire
  ORDER BY c.created_at DESC, c.id
 """
 
-SELECT_HELD = f"""
+SELECT_OF_SECRETS = f"""
 SELECT {SERVICE_USER_COLUMNS}, {_CREDENTIAL_COLUMNS},
        coalesce((SELECT r.recorded_at FROM audit_records r
                   WHERE r.credential_id = c.id AND r.action = 'token.issue'
@@ -78,9 +83,7 @@ SELECT_HELD_AFTER_RESTORE = f"""
 SELECT {SERVICE_USER_COLUMNS}, {_CREDENTIAL_COLUMNS}
   FROM credentials c JOIN service_users su ON su.id = c.service_user_id
  WHERE c.held_at IS NOT NULL AND c.id > $1 AND ($3::text IS NULL OR su.id = $3)
-   AND c.revoked_at IS NULL AND c.expires_at > statement_timestamp()
-   -- Nobody can open a link that lapsed, confirmed or not.
-   AND (c.opened_at IS NOT NULL OR coalesce(c.code_ends_at > statement_timestamp(), true))
+   AND {NOT_ENDED.format(c="c")}
  ORDER BY c.id LIMIT $2
 """  # noqa: S608
 
@@ -162,7 +165,8 @@ class ServiceUsers:
         self._clock_skew = clock_skew
 
     async def fresh(self, client_id: str) -> Subject:
-        """Return the service user and its credentials, those that ended included."""
+        """Return the service user and its credentials, also those that ended, but for what ended
+        90 days ago."""
         async with self._database.connection() as connection:
             return subject(await connection.fetch(SELECT_SUBJECT, client_id))
 
@@ -180,12 +184,12 @@ class ServiceUsers:
             rows = await connection.fetch(SELECT_CREDENTIALS, service_user_id)
         return [Credential(**row) for row in rows]
 
-    async def held(self, secrets_sha256: Sequence[bytes]) -> Sequence[Held]:
+    async def of_secrets(self, secrets_sha256: Sequence[bytes]) -> Sequence[OwnedCredential]:
         """Return the credentials with these secrets, in whatever state, and whose they are."""
         async with self._database.connection() as connection:
-            rows = await connection.fetch(SELECT_HELD, secrets_sha256)
+            rows = await connection.fetch(SELECT_OF_SECRETS, secrets_sha256)
         return [
-            Held(
+            OwnedCredential(
                 service_user=service_user(row),
                 credential=_credential(row, last_used_at=row["last_used_at"]),
             )
@@ -194,11 +198,14 @@ class ServiceUsers:
 
     async def held_after_restore(
         self, after: str, limit: int, service_user_id: str | None
-    ) -> Sequence[Held]:
+    ) -> Sequence[OwnedCredential]:
         """Return the credentials that are held and have not ended, in the order of their ids."""
         async with self._database.connection() as connection:
             rows = await connection.fetch(SELECT_HELD_AFTER_RESTORE, after, limit, service_user_id)
-        return [Held(service_user=service_user(row), credential=_credential(row)) for row in rows]
+        return [
+            OwnedCredential(service_user=service_user(row), credential=_credential(row))
+            for row in rows
+        ]
 
     async def live_tokens(
         self, service_user_id: str, credential_id: str | None = None
@@ -237,13 +244,13 @@ class ServiceUsers:
             HAND_OVER_CREDENTIAL, credential_as_json(credential, code_sha256), record
         )
 
-    async def handed_over(self, code_sha256: bytes) -> Held | None:
+    async def handed_over(self, code_sha256: bytes) -> OwnedCredential | None:
         """Return the credential with this code, in whatever state, and whose it is."""
         async with self._database.connection() as connection:
             row = await connection.fetchrow(SELECT_HANDED_OVER, code_sha256)
         if row is None:
             return None
-        return Held(service_user=service_user(row), credential=_credential(row))
+        return OwnedCredential(service_user=service_user(row), credential=_credential(row))
 
     async def open_hand_over(
         self, code_sha256: bytes, secret_sha256: bytes, record: AuditRecord

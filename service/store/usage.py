@@ -16,6 +16,7 @@ from service.authority.usage import (
 )
 from service.store.database import Database
 from service.store.service_users import (
+    NOT_ENDED,
     SELECT_LIVE_TOKENS,
     SERVICE_USER_COLUMNS,
     fetch_page,
@@ -35,9 +36,8 @@ _LAST_USE: Final = """
      ORDER BY r.commit_order DESC, r.id DESC LIMIT 1
 """
 
-_IS_LIVE: Final = """{c}.revoked_at IS NULL AND {c}.held_at IS NULL
-    AND ({c}.code_sha256 IS NULL OR {c}.opened_at IS NOT NULL)
-    AND {c}.expires_at > statement_timestamp()"""
+_IS_LIVE: Final = f"""{NOT_ENDED} AND {{c}}.held_at IS NULL
+    AND ({{c}}.code_ends_at IS NULL OR {{c}}.opened_at IS NOT NULL)"""
 
 SELECT_CREDENTIAL_USES = f"""
 SELECT c.id AS credential_id, used.recorded_at AS at, p.client_address
@@ -54,8 +54,8 @@ SELECT used.recorded_at AS at, p.client_address
 
 SELECT_PAGE = f"""
 SELECT {SERVICE_USER_COLUMNS},
-       coalesce(used.recorded_at, held.archived_use_at) AS last_used_at,
-       held.live_credentials, held.first_end
+       coalesce(used.recorded_at, own.archived_use_at) AS last_used_at,
+       own.live_credentials, own.first_end
   FROM (SELECT {SERVICE_USER_COLUMNS} FROM service_users su
          WHERE su.name COLLATE "C" > $1 {{conditions}}
          ORDER BY su.name COLLATE "C" LIMIT $2) su
@@ -65,7 +65,7 @@ SELECT {SERVICE_USER_COLUMNS},
            count(*) FILTER (WHERE {_IS_LIVE.format(c="c")}) AS live_credentials,
            min(c.expires_at) FILTER (WHERE {_IS_LIVE.format(c="c")}
                AND c.expires_at < statement_timestamp() + $3::interval) AS first_end
-      FROM credentials c WHERE c.service_user_id = su.id) held
+      FROM credentials c WHERE c.service_user_id = su.id) own
  ORDER BY su.name COLLATE "C"
 """  # noqa: S608
 

@@ -40,6 +40,7 @@ from service.store.database import MIGRATING, Database, connect
 from service.store.embedded import DATABASE, OWNER, SUPERUSER, EmbeddedPostgres, Running
 from service.store.export_files import verify_export
 from service.store.migrate import migrate
+from tests.conftest import in_database
 
 BAR: Final = 0.1
 ROUNDS: Final = 5
@@ -291,13 +292,13 @@ def _postgres() -> Generator[Running, None, None]:
 
 
 async def _new_database(running: Running, name: str) -> Running:
-    superuser = running.with_database(SUPERUSER).superuser_dsn
+    superuser = in_database(running, SUPERUSER).superuser_dsn
     connection = await asyncpg.connect(superuser.reveal(), timeout=10)
     try:
         await connection.execute(f"CREATE DATABASE {name} TEMPLATE {DATABASE} OWNER {OWNER}")
     finally:
         await connection.close(timeout=5)
-    return running.with_database(name)
+    return in_database(running, name)
 
 
 async def _filled(running: Running, count: int) -> list[bytes]:

@@ -46,13 +46,15 @@ class AdminAPI:
                 auth=operator,
             )
             if answer.status_code == 200:
-                client.headers["Authorization"] = f"Bearer {answer.json()['access_token']}"
-                # Its record is found: with P1 switched off it comes late.
-                answer = await client.get("/api/v1/service-users/me")
-                if answer.status_code == 200:
-                    return cls(client)
+                break
             assert time.monotonic() < deadline, answer.text
             await asyncio.sleep(0.05)
+        client.headers["Authorization"] = f"Bearer {answer.json()['access_token']}"
+        # With P1 switched off its record comes late.
+        while (answer := await client.get("/api/v1/service-users/me")).status_code != 200:
+            assert time.monotonic() < deadline, answer.text
+            await asyncio.sleep(0.05)
+        return cls(client)
 
     async def leave(self) -> None:
         await self._client.aclose()

@@ -27,7 +27,7 @@ from keys.verifier import InvalidToken, decode, parse_jwks
 from service.settings import LOCAL_AUDIENCE
 from service.store.checkpoint_files import CheckpointFiles
 from service.store.embedded import OWNER, SUPERUSER, Running
-from tests.conftest import open_audit_log
+from tests.conftest import in_database, open_audit_log
 from tests.faults.admin_api import AdminAPI, IssuedCredential
 from tests.faults.live_authority import PRIVYSEAL, LiveAuthority
 
@@ -52,7 +52,7 @@ class Backups:
 
     def __init__(self, database: Running, directory: Path) -> None:
         self._database = database
-        self._dsn = database.with_database(SUPERUSER).superuser_dsn.reveal()
+        self._dsn = in_database(database, SUPERUSER).superuser_dsn.reveal()
         self._name = urlsplit(database.service_dsn.reveal()).path.removeprefix("/")
         self._beside = f"{self._name}_restored"
         self._file = directory / "backup"
@@ -72,7 +72,7 @@ class Backups:
         await self._execute(f"DROP DATABASE IF EXISTS {self._beside} WITH (FORCE)")
 
     async def _run(self, program: str, database: str, *arguments: str) -> None:
-        dsn = self._database.with_database(database).superuser_dsn.reveal()
+        dsn = in_database(self._database, database).superuser_dsn.reveal()
         done = await asyncio.to_thread(
             subprocess.run,
             [postgres_binaries() / program, f"--dbname={dsn}", *arguments],

@@ -27,8 +27,8 @@ from keys.token import Claims, unsigned_token
 from keys.verifier.strict import base64url_encode
 from service.app import Authority
 from service.authority.audit import Action, new_record_id
-from service.authority.audit.claims import MAX_CLAIMS
 from service.authority.audit.reading import MAX_ALARMS
+from service.authority.audit.unproven import MAX_UNPROVEN
 from service.console.page import COOKIE
 from service.settings import LOCAL_AUDIENCE, Settings
 from service.store.embedded import Running
@@ -647,13 +647,13 @@ async def test_a_flood_of_forged_tokens_is_counted_like_claims(
     client: httpx.AsyncClient, records: Records, forge: Forge, settings: Settings
 ) -> None:
     before = await metric(client, "privyseal_forged_tokens_total")
-    for _ in range(MAX_CLAIMS + 20):
+    for _ in range(MAX_UNPROVEN + 20):
         headers = {"Authorization": f"Bearer {forge(aud=settings.api_audience)}"}
         assert (await client.get("/api/v1/service-users", headers=headers)).status_code == 401
-    noticed = await records(MAX_CLAIMS, action="token.forged")
-    assert len({record["jti"] for record in noticed}) == MAX_CLAIMS
+    noticed = await records(MAX_UNPROVEN, action="token.forged")
+    assert len({record["jti"] for record in noticed}) == MAX_UNPROVEN
     counted = await metric(client, "privyseal_forged_tokens_total") - before
-    assert counted == MAX_CLAIMS + 20
+    assert counted == MAX_UNPROVEN + 20
 
 
 async def test_a_live_token_is_judged_by_its_own_age_and_not_by_that_of_its_key(
@@ -761,14 +761,14 @@ async def test_claims_that_nothing_proves_are_limited_for_each_reporter(
     token: str,
 ) -> None:
     before = await metric(client, "privyseal_unknown_tokens_total")
-    lies = [call(signature="C" * 342) for _ in range(MAX_CLAIMS + 40)]
-    assert await report(reporter, *lies, call(token)) == ["recorded"] * (MAX_CLAIMS + 41)
+    lies = [call(signature="C" * 342) for _ in range(MAX_UNPROVEN + 40)]
+    assert await report(reporter, *lies, call(token)) == ["recorded"] * (MAX_UNPROVEN + 41)
     other = await sign_in(await enrol_operator("search", "audit:report"))
     assert await report(other, call(signature="C" * 342)) == ["recorded"]
-    await records(MAX_CLAIMS, action="token.unknown", actor="ingest")
+    await records(MAX_UNPROVEN, action="token.unknown", actor="ingest")
     await records(1, action="token.unknown", actor="search")
     counted = await metric(client, "privyseal_unknown_tokens_total") - before
-    assert counted == MAX_CLAIMS + 41
+    assert counted == MAX_UNPROVEN + 41
 
 
 async def test_the_alert_rules_speak_of_metrics_that_exist(client: httpx.AsyncClient) -> None:

@@ -411,7 +411,7 @@ async def test_after_a_sign_out_no_copy_of_the_cookie_opens_or_renews_anything(
         assert "You signed out" in (await copy.post("/session")).text
         assert copy.cookie == cookie
 
-    (end,) = await records(action="session.end")
+    (end,) = await records(action="token.end_session")
     assert end["service_user_id"] == end["actor_id"] == operator_credential[0]
     (first,) = await records(jti=signed_in["jti"])
     assert end["details"] == first["details"]

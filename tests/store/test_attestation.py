@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
+import asyncpg
 import pytest
 import structlog
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -81,7 +82,9 @@ def process(
         yield made
 
 
-@pytest.mark.parametrize("forgery", ["none", "under another KEK", "of another key", "for a secret"])
+@pytest.mark.parametrize(
+    "forgery", ["empty", "under another KEK", "of another key", "for a secret"]
+)
 async def test_a_key_that_nobody_attests_is_not_published_never_signs_and_goes_by_hand(
     process: NewProcess,
     connect_as: ConnectAs,
@@ -95,7 +98,7 @@ async def test_a_key_that_nobody_attests_is_not_published_never_signs_and_goes_b
 ) -> None:
     thief = await connect_as("service")
     attestation = {
-        "none": None,
+        "empty": b"",
         "under another KEK": thiefs_key.attestation,
         "of another key": new_keys[0].attestation,
         # As whoever could have something else sealed would have it.
@@ -127,6 +130,28 @@ async def test_a_key_that_nobody_attests_is_not_published_never_signs_and_goes_b
     await rotator.tick()
     assert rotator.concerns() == ()
     assert len(keys.ring.published) == 2
+
+
+async def test_a_server_of_the_release_before_makes_no_key_that_the_others_do_not_publish(
+    signing_keys: SigningKeys, connect_as: ConnectAs, act: MakeAct, new_keys: list[KeptKey]
+) -> None:
+    old = await connect_as("service")
+    record = as_json(act(Action.SIGNING_KEY_PREPARE))
+    unattested, other = (replace(key, attestation=None) for key in new_keys[:2])
+    before = await signing_keys.published_keys()
+    for call, *arguments in (
+        ("prepare_key_1($1, $2, 60)", key_as_json(unattested), record),
+        (
+            "revoke_all_keys_1($1, $2, $3, 3600, '1 day', $4, 60)",
+            [each.key.kid for each in before],
+            key_as_json(unattested),
+            key_as_json(other),
+            record,
+        ),
+    ):
+        with pytest.raises(asyncpg.PostgresError, match="is attested"):
+            await old.fetchval(f"SELECT {call}", *arguments)
+    assert await signing_keys.published_keys() == before
 
 
 async def test_whoever_revokes_all_with_the_services_password_publishes_nothing_instead(
@@ -208,9 +233,13 @@ async def test_what_was_found_attested_stays_published_without_its_kek_and_a_new
     # As `keys rewrap` leaves it, and whoever puts the new file there comes later.
     resealed = replace(first, attestation=attest(first.kid, new))
     assert await signing_keys.reseal(first, resealed, act(Action.SIGNING_KEY_REWRAP))
-    assert list((await keys.fresh()).published) == []
-    held.append(new)
     assert list((await keys.fresh()).published) == [first.kid]
+    late, _ = process(read_keks)
+    assert list((await late.fresh()).published) == []
+    assert not late.loaded, "nobody should be sent to a process that has no key"
+    held.append(new)
+    assert list((await late.fresh()).published) == [first.kid]
+    assert late.loaded
 
 
 async def test_a_migration_attests_the_keys_that_were_there_once_and_no_other_one_does(

@@ -22,10 +22,10 @@ from keys.keyring import RotationPolicy
 from keys.signer import KeptKey
 from keys.verifier.strict import base64url_encode
 from service.authority.audit import Action, AuditLog, AuditRecord, Outcome, new_record_id
-from service.authority.audit.attribution import Finding, Standing, find
-from service.authority.audit.claims import MAX_CLAIMS, Claims
+from service.authority.audit.attribution import Attributed, TokenStanding, find
 from service.authority.audit.events import Verdict
 from service.authority.audit.reported import ApiCall
+from service.authority.audit.unproven import MAX_UNPROVEN, UnprovenReports
 from service.authority.evidence import VerifierInstance
 from service.authority.model import Subject
 from service.store.audit_events import (
@@ -451,7 +451,7 @@ async def token(issuance: Callable[..., AuditRecord], connect_as: ConnectAs) -> 
     return record
 
 
-def judged(findings: Sequence[Finding]) -> list[tuple[Standing, str | None]]:
+def judged(findings: Sequence[Attributed]) -> list[tuple[TokenStanding, str | None]]:
     return [(finding.standing, finding.reason) for finding in findings]
 
 
@@ -470,7 +470,7 @@ async def test_a_call_is_attributed_to_whom_its_token_was_issued_by_hand_or_not(
     )
     assert await service.fetchval(COMMIT, as_json([minted])) == [True]
     findings = await find([reported(token.id, b"token"), reported(minted.id, b"minted")], events)
-    assert judged(findings) == [(Standing.ISSUED, None)] * 2
+    assert judged(findings) == [(TokenStanding.ISSUED, None)] * 2
     for finding, record in zip(findings, (token, minted), strict=True):
         assert finding.issued is not None
         assert finding.issued.service_user_id == record.service_user_id
@@ -497,7 +497,7 @@ async def test_neither_a_refusal_nor_a_reported_call_counts_as_an_issuance(
     assert await events.issued([refused.id, call.id]) == {}
     assert await events.issued_digests([digest]) == frozenset()
     made_up = reported(refused.id, b"made up", signed_by=0)
-    assert judged(await find([made_up], events)) == [(Standing.FORGED, "never_issued")]
+    assert judged(await find([made_up], events)) == [(TokenStanding.FORGED, "never_issued")]
 
 
 async def test_a_token_that_is_not_the_one_on_record_is_judged_by_its_signature(
@@ -515,14 +515,14 @@ async def test_a_token_that_is_not_the_one_on_record_is_judged_by_its_signature(
         reported(token.id, b"token", signed_by=0),
     ]
     assert judged(await find(calls, events)) == [
-        (Standing.SIGNATURE_WANTED, None),
-        (Standing.SIGNATURE_WANTED, None),
-        (Standing.FORGED, "differs_from_its_record"),
-        (Standing.FORGED, "never_issued"),
-        (Standing.UNKNOWN, "not_signed_here"),
-        (Standing.UNKNOWN, "not_signed_here"),
-        (Standing.UNKNOWN, "not_signed_here"),
-        (Standing.ISSUED, None),
+        (TokenStanding.SIGNATURE_WANTED, None),
+        (TokenStanding.SIGNATURE_WANTED, None),
+        (TokenStanding.FORGED, "differs_from_its_record"),
+        (TokenStanding.FORGED, "never_issued"),
+        (TokenStanding.UNKNOWN, "not_signed_here"),
+        (TokenStanding.UNKNOWN, "not_signed_here"),
+        (TokenStanding.UNKNOWN, "not_signed_here"),
+        (TokenStanding.ISSUED, None),
     ]
 
 
@@ -530,7 +530,7 @@ async def test_a_real_token_under_another_jti_accuses_no_key(
     events: AuditEvents, token: AuditRecord, reported: Reported
 ) -> None:
     lie = reported(new_record_id(time.time()), b"token", signed_by=0)
-    assert judged(await find([lie], events)) == [(Standing.UNKNOWN, "digest_of_another_token")]
+    assert judged(await find([lie], events)) == [(TokenStanding.UNKNOWN, "digest_of_another_token")]
 
 
 async def test_a_signature_proves_whatever_became_of_its_key(
@@ -552,7 +552,7 @@ async def test_a_signature_proves_whatever_became_of_its_key(
             state,
         )
         # The pending key signed nothing yet, so that whatever it signed was forged.
-        assert judged(await find(forged, events)) == [(Standing.FORGED, "never_issued")] * 2
+        assert judged(await find(forged, events)) == [(TokenStanding.FORGED, "never_issued")] * 2
 
 
 async def test_where_the_record_may_have_been_archived_nothing_is_proven(
@@ -571,7 +571,7 @@ async def test_where_the_record_may_have_been_archived_nothing_is_proven(
         active_kid,
         this_month - timedelta(hours=1),
     )
-    assert judged(await find([forged], events)) == [(Standing.FORGED, "never_issued")]
+    assert judged(await find([forged], events)) == [(TokenStanding.FORGED, "never_issued")]
 
     # That an older month is still here proves nothing.
     year_before = last_month.replace(year=last_month.year - 1)
@@ -587,12 +587,12 @@ async def test_where_the_record_may_have_been_archived_nothing_is_proven(
     month = last_month.strftime("%Y_%m")
     await superuser.execute(f"DROP TABLE audit_records_{month}, audit_personal_{month}")
     assert await events.kept_since() == this_month.timestamp()
-    assert judged(await find([forged], events)) == [(Standing.UNVERIFIABLE, "records_gone")]
+    assert judged(await find([forged], events)) == [(TokenStanding.UNVERIFIABLE, "records_gone")]
     # What is kept still tells one token from another, and an honest report is what it was.
     lie = reported(new_record_id(time.time()), b"token", signed_by=0)
     assert judged(await find([lie, reported(token.id, b"token")], events)) == [
-        (Standing.UNKNOWN, "digest_of_another_token"),
-        (Standing.ISSUED, None),
+        (TokenStanding.UNKNOWN, "digest_of_another_token"),
+        (TokenStanding.ISSUED, None),
     ]
 
 
@@ -608,7 +608,7 @@ async def test_after_a_restore_nothing_is_proven_of_keys_from_before_and_everyth
     act: MakeAct,
 ) -> None:
     old = reported(new_record_id(time.time()), b"lost with the backup", signed_by=0)
-    assert judged(await find([old], events)) == [(Standing.FORGED, "never_issued")]
+    assert judged(await find([old], events)) == [(TokenStanding.FORGED, "never_issued")]
     # As `restore accept` leaves it: another key signs, and then the new log is open.
     await superuser.execute(
         "UPDATE signing_keys SET state = 'revoked', sealed_private = NULL, ended_at = now()"
@@ -626,8 +626,8 @@ async def test_after_a_restore_nothing_is_proven_of_keys_from_before_and_everyth
         " FROM generate_series(1, 2) AS n"
     )
     assert judged(await find([old, new], events)) == [
-        (Standing.UNVERIFIABLE, "records_gone"),
-        (Standing.FORGED, "never_issued"),
+        (TokenStanding.UNVERIFIABLE, "records_gone"),
+        (TokenStanding.FORGED, "never_issued"),
     ]
 
 
@@ -655,14 +655,14 @@ async def test_a_call_keeps_its_token_and_when_it_happened(
 async def test_claims_beyond_the_limit_share_a_record_that_counts_them(
     log: AuditLog, ingest: Subject, search: Subject, loaded: Loaded, superuser: Connection
 ) -> None:
-    claims = Claims(audit=log, clock=time.time, window=0.5)
+    unproven = UnprovenReports(audit=log, clock=time.time, window=0.5)
     made = [
         loaded(reporter, action=Action.TOKEN_UNKNOWN, jti=new_record_id(0), kid=KID)
-        for reporter, count in ((ingest, MAX_CLAIMS + 25), (search, 1))
+        for reporter, count in ((ingest, MAX_UNPROVEN + 25), (search, 1))
         for _ in range(count)
     ]
-    rooms = [claims.has_room(claim) for claim in made]
-    assert rooms == [True] * MAX_CLAIMS + [False] * 25 + [True]
+    rooms = [unproven.has_room(report) for report in made]
+    assert rooms == [True] * MAX_UNPROVEN + [False] * 25 + [True]
     query = (
         "SELECT actor, repeats, jti, kid FROM audit_records WHERE action = 'token.unknown'"
         " ORDER BY recorded_at"
@@ -673,11 +673,9 @@ async def test_claims_beyond_the_limit_share_a_record_that_counts_them(
     assert [tuple(row) for row in rows] == [("ingest", 25, None, None)]
 
     # The next minute has room again; and an orderly stop leaves nothing uncounted.
-    assert [claims.has_room(claim) for claim in made[: MAX_CLAIMS + 2]] == [True] * MAX_CLAIMS + [
-        False,
-        False,
-    ]
-    await claims.drain()
+    rooms = [unproven.has_room(report) for report in made[: MAX_UNPROVEN + 2]]
+    assert rooms == [True] * MAX_UNPROVEN + [False] * 2
+    await unproven.drain()
     rows = await superuser.fetch(query)
     assert [row["repeats"] for row in rows] == [25, 2]
 

@@ -28,7 +28,7 @@ from service.cli import main
 from service.cli.audit_offline import Pinned, Verdict, verify_database
 from service.store.audit_tree import LEAF_COLUMNS, leaf_of, postgres_log
 from service.store.embedded import OWNER, SUPERUSER, Running
-from tests.conftest import open_audit_log
+from tests.conftest import in_database, open_audit_log
 from tests.interop.terminal import PRIVYSEAL, at_terminal
 
 pytestmark = pytest.mark.anyio
@@ -362,7 +362,7 @@ async def copy(
     """Copy the database as it is now: a backup, or a clone."""
     name = urlsplit(database.superuser_dsn.reveal()).path[1:]
     administer = await asyncpg.connect(
-        postgres.with_database(SUPERUSER).superuser_dsn.reveal(), timeout=10
+        in_database(postgres, SUPERUSER).superuser_dsn.reveal(), timeout=10
     )
 
     async def copied() -> Running:
@@ -374,7 +374,7 @@ async def copy(
         await administer.execute(f"CREATE DATABASE {name}_copy TEMPLATE {name} OWNER {OWNER}")
         await administer.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
         await administer.execute(f"ALTER DATABASE {name}_copy ALLOW_CONNECTIONS true")
-        return postgres.with_database(f"{name}_copy")
+        return in_database(postgres, f"{name}_copy")
 
     yield copied
     await administer.execute(f"DROP DATABASE IF EXISTS {name}_copy WITH (FORCE)")

@@ -14,7 +14,10 @@ from service.authority.audit import Action, AuditRecord
 from service.authority.client_auth import authenticate, new_code, new_secret, secret_sha256
 from service.authority.errors import Conflict, OAuthError
 from service.authority.model import AdminScope, Credential, ServiceUser, Status, Subject
+from service.store.database import Database
+from service.store.restored import RestoredDatabase
 from service.store.service_users import ServiceUsers
+from tests.store.conftest import SKEW
 
 pytestmark = pytest.mark.anyio
 
@@ -88,6 +91,21 @@ async def test_an_offered_credential_is_read_back_and_no_secret_is_its_own(
     assert await users.handed_over(secret_sha256(new_code())) is None
     with pytest.raises(OAuthError):
         authenticate(subject, CODE, time.time())
+
+
+async def test_a_hand_over_without_a_code_would_be_a_credential_and_is_refused(
+    users: ServiceUsers, holder: Subject, act: MakeAct, new_credential: Callable[..., Credential]
+) -> None:
+    assert holder.service_user is not None
+    usable = new_credential(holder.service_user.id, label="usable", code_ends_at=None)
+    record = act(
+        Action.CREDENTIAL_HAND_OVER,
+        service_user_id=holder.service_user.id,
+        version=holder.version,
+        credential_id=usable.id,
+    )
+    with pytest.raises(asyncpg.PostgresError, match="has a code"):
+        await users.hand_over(usable, CODE_SHA256, record)
 
 
 async def test_opening_puts_the_secret_in_on_record_and_raises_the_version(
@@ -198,6 +216,25 @@ async def test_what_lapsed_waits_for_no_confirmation(
     held = [each.credential.id for each in await users.held_after_restore("", 10, None)]
     assert offered.id not in held
     assert len(held) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "revoked_at = clock_timestamp()",
+        "expires_at = clock_timestamp()",
+        "code_ends_at = clock_timestamp()",
+        "held_at = clock_timestamp()",
+    ],
+)
+async def test_a_restore_costs_no_credential_that_ended_or_is_held_already(
+    offer: Offer, pool: Database, superuser: Connection, change: str
+) -> None:
+    await offer()
+    restored = RestoredDatabase(pool, clock_skew=SKEW)
+    assert (await restored.toll()).live_credentials == 2
+    await superuser.execute(f"UPDATE credentials SET {change} WHERE label = 'offered'")
+    assert (await restored.toll()).live_credentials == 1
 
 
 # Rotation

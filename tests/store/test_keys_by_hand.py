@@ -825,7 +825,7 @@ async def test_no_act_on_a_key_happens_without_a_record_that_names_it(
         for call in (
             f"SELECT revoke_key_1('{active_kid}', 'active', 900, '1 day', $1, 60)",
             f"SELECT hasten_rotation_1('{active_kid}', $1, 60)",
-            'SELECT prepare_key_1(\'{"kid": "x"}\', $1, 60)',
+            'SELECT prepare_key_1(\'{"kid": "x", "attestation": "y"}\', $1, 60)',
         ):
             with pytest.raises(asyncpg.PostgresError, match="needs a record"):
                 await thief.execute(call.replace("$1", f"'{record}'"))

@@ -37,7 +37,7 @@ from service.store.audit_tree import LEAF_COLUMNS, AuditTree, PostgresLog, leaf_
 from service.store.checkpoint_files import CheckpointFiles
 from service.store.database import Database
 from service.store.embedded import OWNER, SUPERUSER, Running
-from tests.conftest import open_audit_log
+from tests.conftest import in_database, open_audit_log
 
 pytestmark = pytest.mark.anyio
 
@@ -144,7 +144,7 @@ async def copy(postgres: Running, database: Running) -> AsyncGenerator[Copy, Non
     """Copy the database as it is now: a backup, restored elsewhere."""
     name = urlsplit(database.superuser_dsn.reveal()).path[1:]
     administer = await asyncpg.connect(
-        postgres.with_database(SUPERUSER).superuser_dsn.reveal(), timeout=10
+        in_database(postgres, SUPERUSER).superuser_dsn.reveal(), timeout=10
     )
     copies: list[str] = []
 
@@ -157,7 +157,7 @@ async def copy(postgres: Running, database: Running) -> AsyncGenerator[Copy, Non
         )
         await administer.execute(f"CREATE DATABASE {copies[-1]} TEMPLATE {name} OWNER {OWNER}")
         await administer.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
-        return database.with_database(copies[-1])
+        return in_database(database, copies[-1])
 
     yield copied
     for each in copies:

@@ -199,12 +199,11 @@ def acts(
             arranged="UPDATE signing_keys SET publish_until = now() WHERE state = 'retiring'",
         ),
         of_key("key_destroyed_1", "signing_key.destroy", k[0], k[0]),
-        of_key("reseal_key_2", "signing_key.rewrap", k[1], k[1], keys[1].sealed_private, b"anew"),
         of_key(
             "reseal_key_3",
             "signing_key.rewrap",
             k[1],
-            *(k[1], b"anew", b"once more", keys[1].attestation, b"anew"),
+            *(k[1], keys[1].sealed_private, b"anew", keys[1].attestation, b"anew"),
         ),
         prepare(2),
         of_key("revoke_key_1", "signing_key.revoke", k[1], k[1], "active", 3600, KEY),
@@ -311,7 +310,7 @@ async def test_to_enable_and_to_change_are_two_acts(
 ISSUED_ENDED_READ_OR_NOTICED: Final = {
     Action.TOKEN_ISSUE,
     Action.TOKEN_MINT,
-    Action.SESSION_END,
+    Action.TOKEN_END_SESSION,
     Action.AUDIT_QUERY,
     Action.AUDIT_EXPORT,
     Action.TOKEN_FORGED,

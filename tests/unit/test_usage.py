@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from service.authority.model import Credential, new_id
-from service.authority.usage import Standing, Use, judge
+from service.authority.usage import Use, UseStanding, judge
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 
@@ -26,7 +26,7 @@ def credential(label: str, *, made: float, ends_in: float = 300, **further: obje
     )
 
 
-def standing(old: Credential, *others: Credential, last_use: float | None = None) -> Standing:
+def standing(old: Credential, *others: Credential, last_use: float | None = None) -> UseStanding:
     uses = {} if last_use is None else {old.id: Use(at=days_ago(last_use))}
     return judge([old, *others], uses, NOW.timestamp())[0].standing
 
@@ -38,15 +38,15 @@ NEW = credential("new", made=20)
 @pytest.mark.parametrize(
     ("last_use", "expected"),
     [
-        (None, Standing.SAFE),
-        (30, Standing.SAFE),
-        (20, Standing.USED),
-        (19, Standing.USED),
-        (0.1, Standing.USED),
+        (None, UseStanding.SAFE),
+        (30, UseStanding.SAFE),
+        (20, UseStanding.USED),
+        (19, UseStanding.USED),
+        (0.1, UseStanding.USED),
     ],
 )
 def test_what_nothing_used_since_a_newer_one_was_made_is_safe_to_delete(
-    last_use: float | None, expected: Standing
+    last_use: float | None, expected: UseStanding
 ) -> None:
     assert standing(OLD, NEW, last_use=last_use) is expected
 
@@ -69,13 +69,13 @@ def test_a_use_within_seven_days_makes_it_too_early_to_tell(last_use: float, exp
     ids=lambda each: each.label,
 )
 def test_only_a_live_newer_one_takes_its_place(other: Credential) -> None:
-    assert standing(OLD, other, last_use=30) is Standing.UNREPLACED
+    assert standing(OLD, other, last_use=30) is UseStanding.UNREPLACED
 
 
 def test_one_that_was_handed_over_counts_from_when_it_was_opened() -> None:
     opened = credential("opened", made=20, code_ends_at=days_ago(19), opened_at=days_ago(19.5))
-    assert standing(OLD, opened, last_use=19.7) is Standing.SAFE
-    assert standing(OLD, opened, last_use=19.4) is Standing.USED
+    assert standing(OLD, opened, last_use=19.7) is UseStanding.SAFE
+    assert standing(OLD, opened, last_use=19.4) is UseStanding.USED
 
 
 def test_the_first_live_newer_one_is_what_it_is_compared_with() -> None:

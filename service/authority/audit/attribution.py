@@ -59,7 +59,7 @@ class TokenRecords(Protocol):
         ...
 
 
-class Standing(Enum):
+class TokenStanding(Enum):
     """What the log says of the token behind a reported call."""
 
     ISSUED = auto()
@@ -73,17 +73,17 @@ class Standing(Enum):
     """The same, but the record of its issuance may have been archived, or lost with a restore."""
 
 
-class Finding(Struct, frozen=True, kw_only=True):
+class Attributed(Struct, frozen=True, kw_only=True):
     """The standing of a token, the issuance that has its `jti`, and why it stands so."""
 
-    standing: Standing
+    standing: TokenStanding
     issued: IssuedToken | None = None
     reason: str | None = None
 
 
 async def find(
     calls: Sequence[ApiCall], tokens: TokenRecords, *, issued_since: float = 0.0
-) -> list[Finding]:
+) -> list[Attributed]:
     """Return what is to be said of each call, in order; raise StoreUnavailable.
 
     `issued_since` (seconds since the epoch): none of these tokens can be older, whatever is
@@ -96,7 +96,7 @@ async def find(
     suspects = [
         place
         for place, (call, finding) in enumerate(zip(calls, findings, strict=True))
-        if finding.standing is Standing.SIGNATURE_WANTED and call.signature is not None
+        if finding.standing is TokenStanding.SIGNATURE_WANTED and call.signature is not None
     ]
     if suspects:
         examined = await _examined(
@@ -112,10 +112,10 @@ def digest(call: ApiCall) -> bytes:
     return base64url_decode(call.signing_input_sha256)
 
 
-def _compared(call: ApiCall, issued: IssuedToken | None) -> Finding:
+def _compared(call: ApiCall, issued: IssuedToken | None) -> Attributed:
     if issued is not None and issued.signing_input_sha256 == digest(call):
-        return Finding(standing=Standing.ISSUED, issued=issued)
-    return Finding(standing=Standing.SIGNATURE_WANTED, issued=issued)
+        return Attributed(standing=TokenStanding.ISSUED, issued=issued)
+    return Attributed(standing=TokenStanding.SIGNATURE_WANTED, issued=issued)
 
 
 async def _examined(
@@ -123,7 +123,7 @@ async def _examined(
     issued: Mapping[UUID, IssuedToken],
     tokens: TokenRecords,
     issued_since: float,
-) -> list[Finding]:
+) -> list[Attributed]:
     keys = await tokens.known_keys({call.kid for call in calls})
     # Each takes the time of an RSA verification, and there may be a thousand.
     signed = await asyncio.to_thread(lambda: [_is_signed(call, keys) for call in calls])
@@ -159,15 +159,15 @@ def _judged(
     was_issued: bool,
     issued_since: float,
     kept_since: float,
-) -> Finding:
+) -> Attributed:
     """Judge a token that is not the one on record under its `jti`; `key` is whose signature
     verified, None if none did."""
     if key is None:
-        return Finding(standing=Standing.UNKNOWN, reason="not_signed_here")
+        return Attributed(standing=TokenStanding.UNKNOWN, reason="not_signed_here")
     if was_issued:
         # Whoever has a real token could call it by another jti, to have its key revoked.
-        return Finding(standing=Standing.UNKNOWN, reason="digest_of_another_token")
+        return Attributed(standing=TokenStanding.UNKNOWN, reason="digest_of_another_token")
     if key.activated_at is not None and max(key.activated_at, issued_since) < kept_since:
-        return Finding(standing=Standing.UNVERIFIABLE, reason="records_gone")
+        return Attributed(standing=TokenStanding.UNVERIFIABLE, reason="records_gone")
     reason = "never_issued" if issued is None else "differs_from_its_record"
-    return Finding(standing=Standing.FORGED, issued=issued, reason=reason)
+    return Attributed(standing=TokenStanding.FORGED, issued=issued, reason=reason)

@@ -115,7 +115,7 @@ class OutsideCheckpoints(Protocol):
         ...
 
 
-class Standing(Struct, frozen=True, kw_only=True):
+class SoundLog(Struct, frozen=True, kw_only=True):
     """The log as it was found whole: its key, its newest head, and the tree under that."""
 
     log: AuditLogRow
@@ -168,7 +168,7 @@ class Continuity:
         """Take note of a head that this process has signed and committed itself."""
         self.latest_note = head.note
 
-    async def compare(self, reader: LogReader) -> Standing | None:
+    async def compare(self, reader: LogReader) -> SoundLog | None:
         """Return the log if it is whole and extends the newest outside checkpoint.
 
         Otherwise return None: `broken` says why. Raise StoreUnavailable, also if `reader` leads to
@@ -182,12 +182,12 @@ class Continuity:
         elif database != self._database:
             raise StoreUnavailable("newer connections lead to another database")
         try:
-            standing = await self._compare(reader)
+            sound = await self._compare(reader)
         except Broken as broken:
             self._found(str(broken))
             return None
         self._found(None)
-        return standing
+        return sound
 
     def _found(self, broken: str | None) -> None:
         self.compared = True
@@ -200,7 +200,7 @@ class Continuity:
             self._complained_at = now
             log.error("nothing_is_issued", reason=broken)
 
-    async def _compare(self, reader: LogReader) -> Standing:
+    async def _compare(self, reader: LogReader) -> SoundLog:
         # Outside first: a head is committed before it is kept outside, so what is read next from
         # the database is never older, however many processes add to it meanwhile.
         unverified = await self._outside.newest()
@@ -236,7 +236,7 @@ class Continuity:
             self.latest_note = head.note
         if outside:
             _require_root(outside, at_outside, "outside")
-        return Standing(
+        return SoundLog(
             log=current,
             signer=signer,
             head=head,

@@ -13,10 +13,16 @@ import structlog
 from msgspec import Struct
 
 from service import metrics
-from service.authority.audit.attribution import Finding, Standing, TokenRecords, digest, find
-from service.authority.audit.claims import Claims
+from service.authority.audit.attribution import (
+    Attributed,
+    TokenRecords,
+    TokenStanding,
+    digest,
+    find,
+)
 from service.authority.audit.record import Action, AuditRecord, Outcome, personal
 from service.authority.audit.reported import ApiCall, Event, EventResult, EventStatus, JwksLoaded
+from service.authority.audit.unproven import UnprovenReports
 from service.authority.model import AdminScope, ClientAddress, Clock
 from service.authority.operators import Operator, Operators
 
@@ -31,9 +37,9 @@ OWN_ACTIONS: Final = frozenset(action.partition(".")[0] for action in Action)
 """First words of actions that only this authority records: no report can look like its acts."""
 
 _ACTIONS: Final = {
-    Standing.FORGED: Action.TOKEN_FORGED,
-    Standing.UNKNOWN: Action.TOKEN_UNKNOWN,
-    Standing.UNVERIFIABLE: Action.TOKEN_UNVERIFIABLE,
+    TokenStanding.FORGED: Action.TOKEN_FORGED,
+    TokenStanding.UNKNOWN: Action.TOKEN_UNKNOWN,
+    TokenStanding.UNVERIFIABLE: Action.TOKEN_UNVERIFIABLE,
 }
 
 log = structlog.stdlib.get_logger()
@@ -66,7 +72,7 @@ class Call(Struct, frozen=True, kw_only=True):
     """A reported call with what was found about its token."""
 
     event: ApiCall
-    finding: Finding
+    finding: Attributed
 
 
 class EventReports:
@@ -77,14 +83,14 @@ class EventReports:
         *,
         store: EventStore,
         tokens: TokenRecords,
-        claims: Claims,
+        unproven: UnprovenReports,
         operators: Operators,
         clock: Clock,
         clock_skew: float,
     ) -> None:
         self._store = store
         self._tokens = tokens
-        self._claims = claims
+        self._unproven = unproven
         self._operators = operators
         self._clock = clock
         self._clock_skew = clock_skew
@@ -157,11 +163,11 @@ class EventReports:
     def _settled(self, call: Call, operator: Operator) -> EventResult | Call:
         """Return the result of a call that gets no record of its own, or else the call."""
         standing = call.finding.standing
-        if standing is Standing.SIGNATURE_WANTED:
+        if standing is TokenStanding.SIGNATURE_WANTED:
             return EventResult(id=call.event.id, status=EventStatus.SIGNATURE_WANTED)
-        if standing is Standing.UNKNOWN:
+        if standing is TokenStanding.UNKNOWN:
             metrics.unknown_tokens.inc()
-            if not self._claims.has_room(call_record(call, operator)):
+            if not self._unproven.has_room(call_record(call, operator)):
                 return EventResult(id=call.event.id, status=EventStatus.RECORDED)
         return call
 
@@ -211,7 +217,7 @@ def _record(
         )
     issued = each.finding.issued
     if (
-        each.finding.standing is Standing.ISSUED
+        each.finding.standing is TokenStanding.ISSUED
         and issued is not None
         and issued.aud not in operator.service_user.audiences
     ):

@@ -40,7 +40,7 @@ MAX_EXPORTS: Final = 2
 """At a time and process: half of its connections, and no exchange waits for those."""
 
 
-PLACED_WITHIN: Final = 3.0
+PLACE_PATIENCE: Final = 3.0
 """Seconds for which an export waits until all that it is of has its place in the log."""
 _LOOK_EVERY: Final = 0.1
 
@@ -172,7 +172,7 @@ class Exports:
 
     async def _placed(self, own: UUID) -> dict[int, Head]:
         """Return the head that the export's own record is under, by the number of its log."""
-        attempts = int(PLACED_WITHIN / _LOOK_EVERY)
+        attempts = int(PLACE_PATIENCE / _LOOK_EVERY)
         for _ in range(attempts):
             if (place := await self._tree.place_of(own)) is not None:
                 head = await self._tree.head(place.log_number)

@@ -9,9 +9,8 @@ from typing import Final, Protocol
 import structlog
 
 from service.authority.errors import StoreUnavailable
-from service.authority.model import Clock
+from service.authority.model import SHOWN_DAYS, Clock
 
-DAYS: Final = 7
 GOOD_FOR: Final = 2.0
 """Seconds for which a count is not asked for again."""
 DEADLINE: Final = 1.0
@@ -28,7 +27,7 @@ class ForgedTokenRecords(Protocol):
 
 
 class ForgedTokens:
-    """The count of the last 7 days."""
+    """The count of the last SHOWN_DAYS days."""
 
     def __init__(self, *, records: ForgedTokenRecords, clock: Clock) -> None:
         self._records = records
@@ -44,7 +43,7 @@ class ForgedTokens:
             self._counted_at = now  # first: whoever asks meanwhile need not count too
             try:
                 async with asyncio.timeout(DEADLINE):
-                    self._count = await self._records.count_forged(DAYS)
+                    self._count = await self._records.count_forged(SHOWN_DAYS)
             except (StoreUnavailable, TimeoutError) as error:
                 log.warning("forged_tokens_not_counted", error=type(error).__name__)
         return self._count

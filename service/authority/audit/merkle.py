@@ -169,7 +169,8 @@ def verify_consistency(
     """Return if the tree of `size` leaves under `root` begins with that of `old_size`.
 
     Raise InvalidProof otherwise (RFC 9162 §2.1.4.2). Each size must come from the checkpoint of its
-    root.
+    root. Nothing of the service asks this: it is what whoever keeps two checkpoints asks, and what
+    the tests hold the proofs to.
     """
     _require_hashes((old_root, root, *proof), InvalidProof)
     if not 0 <= old_size <= size:

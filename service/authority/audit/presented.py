@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 
 from keys.verifier.strict import base64url_encode
 from service import metrics
-from service.authority.audit.attribution import Standing, TokenRecords, find
-from service.authority.audit.claims import Claims
+from service.authority.audit.attribution import TokenRecords, TokenStanding, find
 from service.authority.audit.events import Call, call_record, tell_of_forged
 from service.authority.audit.log import AuditLog
 from service.authority.audit.record import Outcome, new_record_id
 from service.authority.audit.reported import ApiCall
+from service.authority.audit.unproven import UnprovenReports
 from service.authority.model import ClientAddress, Clock, UnrecordedToken
 
 
@@ -24,14 +24,14 @@ class PresentedTokens:
         self,
         *,
         tokens: TokenRecords,
-        claims: Claims,
+        unproven: UnprovenReports,
         audit: AuditLog,
         broken: Callable[[], str | None],
         clock: Clock,
     ) -> None:
         """`broken` says whether records may be missing: then nothing is proven."""
         self._tokens = tokens
-        self._claims = claims
+        self._unproven = unproven
         self._audit = audit
         self._broken = broken
         self._clock = clock
@@ -62,11 +62,11 @@ class PresentedTokens:
             user_agent=origin.user_agent,
         )
         (finding,) = await find([call], self._tokens, issued_since=token.issued_at)
-        if finding.standing is not Standing.FORGED:
+        if finding.standing is not TokenStanding.FORGED:
             return False
         metrics.forged_tokens.inc()
         record = call_record(Call(event=call, finding=finding), None)
-        if self._claims.has_room(record):
+        if self._unproven.has_room(record):
             tell_of_forged(record)
             await self._audit.append_or_count(record)
         return True

@@ -22,15 +22,14 @@ from service.authority.audit.merkle import HashesMissing, InvalidProof, leaf_has
 from service.authority.audit.proofs import Inclusion, ProvableLog, prove_inclusion
 from service.authority.audit.record import Action, RecordFilter, RecordReader, StoredRecord
 from service.authority.errors import NotFound
-from service.authority.model import AdminScope, Clock
+from service.authority.model import SHOWN_DAYS, AdminScope, Clock
 from service.authority.operators import Operator
 
-ALARM_DAYS: Final = 7
-"""For how long a token that is on no record is told of."""
 MAX_ALARMS: Final = 5
 """So many of each kind are told of."""
 PLACED_WITHIN: Final = 60.0
-"""Seconds after which something is wrong with a record that has no place in the log."""
+"""Seconds after which something is wrong with a record that has no place in the log, under a signed
+checkpoint; one is usual."""
 
 # Places in the log begin behind it.
 _BEFORE_ALL: Final = f"0.{UUID(int=0)}"
@@ -52,7 +51,7 @@ class Alarms(Struct, frozen=True, kw_only=True):
     unknown: Sequence[StoredRecord] = ()
 
 
-class Standing(StrEnum):
+class PlaceStanding(StrEnum):
     """What can be said of a record's place in the log."""
 
     VERIFIED = "verified"
@@ -64,7 +63,7 @@ class Standing(StrEnum):
 class Examined(Struct, frozen=True, kw_only=True):
     """A record's place in the log; `flaw` says in words what is wrong with it."""
 
-    standing: Standing
+    standing: PlaceStanding
     flaw: str = ""
     inclusion: Inclusion | None = None
     checkpoint: Checkpoint | None = None
@@ -180,7 +179,7 @@ class AuditReading:
         newest = await self.page(
             operator, RecordFilter(action=action), cursor=None, limit=MAX_ALARMS
         )
-        since = datetime.fromtimestamp(self._clock() - ALARM_DAYS * 86_400, UTC)
+        since = datetime.fromtimestamp(self._clock() - SHOWN_DAYS * 86_400, UTC)
         return [record for record in newest if record.recorded_at >= since]
 
     async def examined(self, record: StoredRecord) -> Examined:
@@ -207,7 +206,7 @@ class AuditReading:
         )
         flaw = _flaw(stored[0] if stored else record, inclusion, checkpoint)
         return Examined(
-            standing=Standing.FAILED if flaw else Standing.VERIFIED,
+            standing=PlaceStanding.FAILED if flaw else PlaceStanding.VERIFIED,
             flaw=flaw,
             inclusion=inclusion,
             checkpoint=checkpoint,
@@ -215,7 +214,7 @@ class AuditReading:
 
     def _without_place(self, record: StoredRecord) -> Examined:
         if self._clock() - record.recorded_at.timestamp() < PLACED_WITHIN:
-            return Examined(standing=Standing.WAITING)
+            return Examined(standing=PlaceStanding.WAITING)
         return _failed(
             "It should have had its place in the log long ago. No process gives records their "
             "place, or the log was changed: /readyz says which."
@@ -223,7 +222,7 @@ class AuditReading:
 
 
 def _failed(flaw: str, inclusion: Inclusion | None = None) -> Examined:
-    return Examined(standing=Standing.FAILED, flaw=flaw, inclusion=inclusion)
+    return Examined(standing=PlaceStanding.FAILED, flaw=flaw, inclusion=inclusion)
 
 
 def _flaw(record: StoredRecord, inclusion: Inclusion, checkpoint: Checkpoint) -> str:

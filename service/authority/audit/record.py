@@ -27,7 +27,7 @@ class Action(StrEnum):
 
     TOKEN_ISSUE = "token.issue"  # noqa: S105
     TOKEN_MINT = "token.mint"  # noqa: S105
-    SESSION_END = "session.end"
+    TOKEN_END_SESSION = "token.end_session"  # noqa: S105
     SERVICE_USER_CREATE = "service_user.create"
     SERVICE_USER_LIST = "service_user.list"
     SERVICE_USER_READ = "service_user.read"

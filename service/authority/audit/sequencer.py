@@ -24,7 +24,7 @@ from service.authority.audit.continuity import (
     LogReader,
     OutsideCheckpoints,
     Place,
-    Standing,
+    SoundLog,
 )
 from service.authority.audit.leaf import Leaf, NotEncodable
 from service.authority.audit.merkle import Frontier, Node, leaf_hash
@@ -132,25 +132,25 @@ class Sequencer:
         A head is signed only if the log extends the newest outside checkpoint, and the one before
         it is outside already. Raise StoreUnavailable, OSError, NotEncodable, CustodyError.
         """
-        standing = await self._continuity.compare(store)
-        if standing is None:
+        sound = await self._continuity.compare(store)
+        if sound is None:
             return False
-        head, reached = standing.head, standing.log.begins_after
+        head, reached = sound.head, sound.log.begins_after
         if head:
             reached = head.reaches
-            if head.size > standing.outside_size:
+            if head.size > sound.outside_size:
                 # Another process has signed it: on this host it is to be kept, too.
-                await self._keep(standing.log.number, head)
+                await self._keep(sound.log.number, head)
             metrics.audit_checkpoint_at_seconds.set(head.signed_at.timestamp())
-        metrics.audit_tree_size.set(standing.frontier.size)
+        metrics.audit_tree_size.set(sound.frontier.size)
         metrics.audit_records_waiting.set(await store.waiting(reached, MAX_GROWTH))
-        return await store.elect() and await self._grow(store, standing, reached)
+        return await store.elect() and await self._grow(store, sound, reached)
 
-    async def _grow(self, store: LogStore, standing: Standing, reached: Place) -> bool:
+    async def _grow(self, store: LogStore, sound: SoundLog, reached: Place) -> bool:
         ids: list[UUID] = []
         hashes: list[bytes] = []
         nodes: list[Node] = []
-        frontier, size = standing.frontier, standing.frontier.size
+        frontier, size = sound.frontier, sound.frontier.size
         while len(ids) < MAX_GROWTH:
             leaves = await store.leaves(reached, PAGE)
             for leaf in leaves:
@@ -163,9 +163,9 @@ class Sequencer:
                 break
         if not ids:
             return False
-        head = await self._sign(standing, frontier, reached)
+        head = await self._sign(sound, frontier, reached)
         growth = Growth(
-            log_number=standing.log.number,
+            log_number=sound.log.number,
             expected_size=size,
             ids=ids,
             leaf_hashes=hashes,
@@ -176,18 +176,16 @@ class Sequencer:
             log.warning("sequencer_was_overtaken", size=size)
             return False
         self._continuity.grown(head)
-        await self._keep(standing.log.number, head)
+        await self._keep(sound.log.number, head)
         published.info("checkpoint", note=head.note.decode())
         return len(ids) >= MAX_GROWTH
 
-    async def _sign(self, standing: Standing, frontier: Frontier, reached: Place) -> Head:
-        checkpoint = Checkpoint(
-            origin=standing.log.origin, size=frontier.size, root=frontier.root()
-        )
+    async def _sign(self, sound: SoundLog, frontier: Frontier, reached: Place) -> Head:
+        checkpoint = Checkpoint(origin=sound.log.origin, size=frontier.size, root=frontier.root())
         return Head(
             size=frontier.size,
             reaches=reached,
-            note=await standing.signer.signed(checkpoint),
+            note=await sound.signer.signed(checkpoint),
             signed_at=datetime.fromtimestamp(self._clock(), UTC),
         )
 

@@ -23,7 +23,7 @@ CREATE INDEX audit_records_openings_refused_of ON audit_records (service_user_id
 
 -- Looked up at every page.
 CREATE INDEX audit_records_sessions_ended ON audit_records ((details ->> 'session'))
-    WHERE action = 'session.end';
+    WHERE action = 'token.end_session';
 
 -- The same contract as before, so the same name: what nobody opened yet, nobody administers with.
 CREATE OR REPLACE FUNCTION operator_until_1() RETURNS timestamptz
@@ -39,6 +39,10 @@ CREATE FUNCTION hand_over_credential_1(credential jsonb, record jsonb, clock_ske
 RETURNS boolean
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
+    -- Whoever could use it at once would have made a credential that is on record as none.
+    IF credential ->> 'code_sha256' IS NULL OR credential ->> 'code_ends_at' IS NULL THEN
+        RAISE EXCEPTION 'a hand-over has a code' USING ERRCODE = 'PV403';
+    END IF;
     IF NOT begin_user_act_1('credential.hand_over', credential ->> 'service_user_id',
                             credential ->> 'id', record, clock_skew) THEN
         RETURN false;
@@ -161,11 +165,11 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
        AND (before IS NULL OR p.id < uuidv7_floor_1(before))
     UNION ALL
     SELECT p.id FROM audit_personal p
-     WHERE kind = 'user_agent' AND p.user_agent = wanted
+     WHERE kind = 'user_agent' AND p.user_agent <> '' AND p.user_agent COLLATE "C" = wanted
        AND (before IS NULL OR p.id < uuidv7_floor_1(before))
     UNION ALL
     SELECT p.id FROM audit_personal p
-     WHERE kind = 'resource' AND p.resource = wanted
+     WHERE kind = 'resource' AND p.resource <> '' AND p.resource COLLATE "C" = wanted
        AND (before IS NULL OR p.id < uuidv7_floor_1(before))
     UNION ALL
     SELECT p.id FROM audit_personal p

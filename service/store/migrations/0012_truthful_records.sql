@@ -229,7 +229,7 @@ END $$;
 CREATE FUNCTION is_no_act_1(action text, outcome text) RETURNS boolean
 LANGUAGE sql IMMUTABLE AS $$
     SELECT coalesce(
-        action IN ('token.issue', 'token.mint', 'session.end', 'audit.query', 'audit.export',
+        action IN ('token.issue', 'token.mint', 'token.end_session', 'audit.query', 'audit.export',
                    'token.forged', 'token.unknown', 'token.unverifiable')
         OR outcome = 'refused' AND action NOT IN (
                    'audit.archive', 'audit.erase', 'audit.restore_accepted', 'operator.bootstrap',
@@ -256,8 +256,8 @@ CREATE FUNCTION is_reported_1(action text) RETURNS boolean
 LANGUAGE sql IMMUTABLE AS $$
     SELECT coalesce(
         action IN ('jwks.loaded', 'token.forged', 'token.unknown', 'token.unverifiable')
-        OR split_part(action, '.', 1) NOT IN ('token', 'session', 'service_user', 'credential',
-            'signing_key', 'audit', 'audit_log', 'jwks', 'operator'), false)
+        OR split_part(action, '.', 1) NOT IN ('token', 'service_user', 'credential', 'signing_key',
+            'audit', 'audit_log', 'jwks', 'operator'), false)
 $$;
 
 CREATE OR REPLACE FUNCTION report_events_1(records jsonb, clock_skew integer) RETURNS text[]

@@ -4,12 +4,22 @@
 
 ALTER TABLE signing_keys ADD COLUMN attestation bytea;
 
+-- A server of the release before, which attests nothing, makes no key: the others would not publish it.
+CREATE FUNCTION require_attestation_1(key jsonb) RETURNS void
+LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+    IF key ->> 'attestation' IS NULL THEN
+        RAISE EXCEPTION 'a key that is published is attested' USING ERRCODE = 'PV403';
+    END IF;
+END $$;
+
 -- The same contracts as before, so the same names.
 CREATE OR REPLACE FUNCTION prepare_key_1(key jsonb, record jsonb, clock_skew integer)
 RETURNS boolean
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
     PERFORM require_durable_commit_1();
+    PERFORM require_attestation_1(key);
     PERFORM pg_advisory_xact_lock(7709, 0);
     IF EXISTS (SELECT FROM signing_keys WHERE state = 'pending') THEN
         RETURN false;
@@ -31,6 +41,8 @@ CREATE OR REPLACE FUNCTION revoke_all_keys_1(published text[], signing jsonb, ne
 RETURNS boolean
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
+    PERFORM require_attestation_1(signing);
+    PERFORM require_attestation_1(next);
     PERFORM pg_advisory_xact_lock(7709, 0);
     IF EXISTS (SELECT FROM signing_keys WHERE state IN ('pending', 'active', 'retiring')
                   AND kid <> ALL (published)) THEN
@@ -73,5 +85,7 @@ BEGIN
     RETURN true;
 END $$;
 
-REVOKE EXECUTE ON FUNCTION reseal_key_3 FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION require_attestation_1, reseal_key_3 FROM PUBLIC;
+-- It would leave the attestation behind.
+REVOKE EXECUTE ON FUNCTION reseal_key_2 FROM privyseal_service;
 GRANT EXECUTE ON FUNCTION reseal_key_3 TO privyseal_service;

@@ -1,7 +1,7 @@
 """Tokens on no record, of which there may be any number: a minute of each reporter holds so many
-claims, and a count; so does one of each forger's key.
+reports, and a count; so does one of each forger's key.
 
-Judges no claim. It must not let one reporter, or one forger, fill the log.
+Judges no report. It must not let one reporter, or one forger, fill the log.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from service.authority.audit.log import AuditLog
 from service.authority.audit.record import Action, AuditRecord, new_record_id
 from service.authority.model import Clock
 
-MAX_CLAIMS: Final = 60
+MAX_UNPROVEN: Final = 60
 WINDOW: Final = 60.0
 """Seconds."""
 
@@ -29,8 +29,8 @@ class _Minute(Struct):
     last: AuditRecord | None = None
 
 
-class Claims:
-    """Says of each claim whether it may have a record of its own.
+class UnprovenReports:
+    """Says of each report whether it may have a record of its own.
 
     The others of the same minute and source are counted, in this process, into one record when
     the minute ends.
@@ -43,17 +43,17 @@ class Claims:
         self._minutes: dict[_Source, _Minute] = {}
         self._writing: set[asyncio.Task[None]] = set()
 
-    def has_room(self, claim: AuditRecord) -> bool:
-        """Return whether this claim may be recorded; if not, it has been counted."""
-        source = (claim.actor_id, claim.kid if claim.action == Action.TOKEN_FORGED else None)
+    def has_room(self, report: AuditRecord) -> bool:
+        """Return whether this report may be recorded; if not, it has been counted."""
+        source = (report.actor_id, report.kid if report.action == Action.TOKEN_FORGED else None)
         if (minute := self._minutes.get(source)) is None:
             minute = self._minutes[source] = _Minute()
             asyncio.get_running_loop().call_later(self._window, self._end, source)
-        if minute.taken < MAX_CLAIMS:
+        if minute.taken < MAX_UNPROVEN:
             minute.taken += 1
             return True
         minute.counted += 1
-        minute.last = claim
+        minute.last = report
         return False
 
     async def drain(self) -> None:
@@ -66,7 +66,7 @@ class Claims:
         minute = self._minutes.pop(source, None)
         if minute is None or minute.last is None:
             return
-        # One of many, and without what only that one claimed.
+        # One of many, and without what only that one said.
         record = msgspec.structs.replace(
             minute.last,
             id=new_record_id(self._clock()),
