@@ -132,6 +132,9 @@ SELECT su.id AS service_user_id, su.name AS service_user, c.id AS credential_id,
 SELECT_REFUSED_OPENINGS = _REFUSED_OPENINGS.format(of="")
 SELECT_REFUSED_OPENINGS_OF = _REFUSED_OPENINGS.format(of="AND r.service_user_id = $3")
 
+FEW: Final = 200
+SELECT_BY_WORDS = "SELECT id FROM service_users WHERE words @@ words_begin_1($1) LIMIT $2"
+
 SELECT_LIVE_TOKENS = """
 SELECT count(*) AS count, to_timestamp(max(exp)) AS last_ends_at
   FROM (SELECT r.exp FROM audit_records r
@@ -389,11 +392,11 @@ async def fetch_page(
     conditions = ""
     for condition, value in (
         ("su.name = {}", wanted.name),
-        _sought(wanted.search),
+        await _sought(connection, wanted.search),
         ("su.source_system = {}", wanted.source_system),
         ("su.status = {}", wanted.status and wanted.status.value),
     ):
-        if value:
+        if value not in (None, ""):
             given.append(value)
             conditions += f" AND {condition.format(f'${len(given)}')}"
     # Not from the cache of statements: one plan for all values would read every name for a word, a
@@ -402,11 +405,16 @@ async def fetch_page(
     return await statement.fetch(*given)
 
 
-def _sought(search: str) -> tuple[str, str]:
-    if re.fullmatch(SERVICE_USER_ID, given := search.strip().lower()):
-        return "su.id = {}", given
+async def _sought(connection: Connection, search: str) -> tuple[str, str | list[str]]:
+    if not search or re.fullmatch(SERVICE_USER_ID, search.strip().lower()):
+        return "su.id = {}", search.strip().lower()
     # The one character that Postgres takes in no text; it parts words like any other sign.
-    return "su.words @@ words_begin_1({})", search.replace("\0", " ")
+    words = search.replace("\0", " ")
+    # Few are found by their words, many on the way through the names. No plan knows which they are.
+    few = [row["id"] for row in await connection.fetch(SELECT_BY_WORDS, words, FEW + 1)]
+    if len(few) <= FEW:
+        return "su.id = ANY({})", few
+    return "su.words @@ words_begin_1({})", words
 
 
 def _credential(row: asyncpg.Record, *, last_used_at: datetime | None = None) -> Credential:

@@ -24,6 +24,7 @@ from service.authority.model import (
     Status,
     Subject,
 )
+from service.store import service_users
 from service.store.audit_log import PostgresRecordWriter
 from service.store.database import Database
 from service.store.embedded import Running
@@ -201,9 +202,16 @@ SOUGHT: Final[Sequence[tuple[str, list[str]]]] = (
 )
 
 
+@pytest.mark.parametrize("few", [0, 1, service_users.FEW])
 async def test_a_search_finds_the_beginning_of_any_word_of_name_owner_and_contact(
-    users: ServiceUsers, put: Put, new_user: MakeUser, pool: Database
+    users: ServiceUsers,
+    put: Put,
+    new_user: MakeUser,
+    pool: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    few: int,
 ) -> None:
+    monkeypatch.setattr(service_users, "FEW", few)
     made = [
         new_user("vkyc-prod", owner="Identity (Müller)", contact="12e5abc@bank.example"),
         new_user("vkyc-test", owner="Nobody's 東京", contact="", description="description"),
