@@ -443,15 +443,18 @@ def test_keeping_starts_while_the_authority_is_away(tmp_path: Path) -> None:
 def test_what_is_wrong_from_the_start_ends_keeping_at_once(
     stand_in: StandIn, tmp_path: Path
 ) -> None:
-    done = privyseal("token", "--keep", str(tmp_path / "absent" / "token"), url=stand_in.url)
-    assert done.exit_code == 1
-    assert "cannot be written" in done.stderr
+    def said_by(file: Path) -> str:
+        with keeping(file, stand_in.url) as process:
+            _, said = process.communicate(timeout=20)
+        assert process.returncode == 1
+        return said
+
+    assert "cannot be written" in said_by(tmp_path / "absent" / "token")
     stand_in.token_answers = [
         (401, {"error": "invalid_client", "error_description": "Unknown client."}, {})
     ]
-    done = privyseal("token", "--keep", str(tmp_path / "token"), url=stand_in.url)
-    assert done.exit_code == 1
-    assert "that in PRIVYSEAL_CLIENT_ID and PRIVYSEAL_CLIENT_SECRET." in done.stderr
+    said = said_by(tmp_path / "token")
+    assert "that in PRIVYSEAL_CLIENT_ID and PRIVYSEAL_CLIENT_SECRET." in said
 
 
 def loaded_by(*arguments: str, url: str) -> set[str]:
