@@ -16,12 +16,9 @@ import os
 import re
 import sys
 import threading
-import time
 from collections.abc import Callable, Generator, Mapping
-from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Final, Protocol, TypeVar
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
@@ -39,6 +36,7 @@ from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass, PK
 
 from keys.checkpoint import Checkpoint, NoteRefused
 from keys.log_key import KeptLogKey, LogSigner
+from keys.one_thread import OneThread, StillHanging
 from keys.secret import Secret
 from keys.signer import CustodyError, KeptKey, Signer, proven
 from keys.verifier import thumbprint
@@ -179,7 +177,7 @@ class Pkcs11Custody:
         """
         self._uri = uri
         self._token = _Token(TokenAddress.parse(uri))
-        self._thread = _ModuleThread(deadline)
+        self._thread = _ModuleThread("pkcs11", deadline)
 
     async def new_key(self, bits: int) -> KeptKey:
         """Make a pair in the token, with e = 65537; takes up to two minutes."""
@@ -308,54 +306,20 @@ class Pkcs11LogSigner:
         return signature
 
 
-class _ModuleThread:
-    """The one thread of a custody: calls of the module queue here, but not behind one that hangs.
-
-    A daemon: the end of the process does not wait for a call that never returns.
-    """
-
-    def __init__(self, deadline: float) -> None:
-        self._deadline = deadline
-        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._busy_since: float | None = None
-        threading.Thread(target=self._work, name="pkcs11", daemon=True).start()
+class _ModuleThread(OneThread):
+    """The one thread of a custody: calls of the module queue here, not behind one that hangs."""
 
     async def run(self, call: Callable[[], _T]) -> _T:
-        """Return what the call returns; raise CustodyError at the deadline.
-
-        A call that nobody waits for any more is dropped, unless it has begun.
-        """
-        busy_since = self._busy_since
-        if busy_since is not None and (busy := time.monotonic() - busy_since) > self._deadline:
-            raise CustodyError(
-                f"the token has not answered for {busy:.0f} s: look after it, and restart this "
-                "process if that does not help"
-            )
-        future: Future[_T] = Future()
-        self._jobs.put(lambda: _settle(future, call))
+        """Return what the call returns; raise CustodyError at the deadline."""
         try:
-            async with asyncio.timeout(self._deadline):
-                return await asyncio.wrap_future(future)
+            return await super().run(call)
+        except StillHanging as hanging:
+            raise CustodyError(
+                f"the token has not answered for {hanging.seconds:.0f} s: look after it, and "
+                "restart this process if that does not help"
+            ) from None
         except TimeoutError:
             raise CustodyError(f"the token did not answer within {self._deadline:g} s") from None
-
-    def _work(self) -> None:
-        while True:
-            job = self._jobs.get()
-            self._busy_since = time.monotonic()
-            job()
-            self._busy_since = None
-
-
-def _settle(future: Future[_T], call: Callable[[], _T]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        result = call()
-    except BaseException as error:
-        future.set_exception(error)
-    else:
-        future.set_result(result)
 
 
 class _Process:

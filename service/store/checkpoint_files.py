@@ -3,27 +3,21 @@
 Verifies nothing, and keeps no secret: anybody may read a checkpoint.
 """
 
-import asyncio
 import errno
 import os
 import re
 import stat
 import tempfile
-import threading
-import time
 import weakref
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from collections.abc import Iterable
 from datetime import UTC, date, datetime
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Final, TypeVar
+from typing import Final
 
 from keys.checkpoint import MAX_NOTE_BYTES
+from keys.one_thread import OneThread
 from service.authority.audit.continuity import OutsideNote
 from service.authority.restore import MAX_LOG_NUMBER
-
-_T = TypeVar("_T")
 
 DEADLINE: Final = 5.0
 """Seconds; a file system may hang."""
@@ -45,7 +39,7 @@ class CheckpointFiles:
     def __init__(self, directory: Path, *, deadline: float = DEADLINE) -> None:
         """`deadline` is in seconds: a look that takes longer raises OSError."""
         self._directory = directory
-        self._thread = _OneThread(deadline)
+        self._thread = OneThread("checkpoints", deadline)
         weakref.finalize(self, self._thread.end)
 
     async def newest(self) -> OutsideNote | None:
@@ -157,52 +151,3 @@ def _write(directory: Path, name: str, note: bytes) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class _OneThread:
-    """Calls that may hang, one at a time: none waits behind one that does.
-
-    A daemon: the end of the process does not wait for it.
-    """
-
-    def __init__(self, deadline: float) -> None:
-        self._deadline = deadline
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._busy_since: float | None = None
-        self._started = False
-
-    async def run(self, call: Callable[[], _T]) -> _T:
-        """Return what the call returns; raise OSError at the deadline, and at once while one that
-        was begun before hangs. A call that nobody waits for any more is dropped, unless it has
-        begun."""
-        busy_since = self._busy_since
-        if busy_since is not None and (busy := time.monotonic() - busy_since) > self._deadline:
-            raise OSError(errno.ETIMEDOUT, f"no answer for {busy:.0f} s")
-        if not self._started:
-            self._started = True
-            threading.Thread(target=self._work, name="checkpoints", daemon=True).start()
-        future: Future[_T] = Future()
-        self._jobs.put(lambda: _settle(future, call))
-        async with asyncio.timeout(self._deadline):
-            return await asyncio.wrap_future(future)
-
-    def end(self) -> None:
-        """Let the thread end once it has done what it was given."""
-        self._jobs.put(None)
-
-    def _work(self) -> None:
-        while job := self._jobs.get():
-            self._busy_since = time.monotonic()
-            job()
-            self._busy_since = None
-
-
-def _settle(future: "Future[_T]", call: Callable[[], _T]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        result = call()
-    except BaseException as error:
-        future.set_exception(error)
-    else:
-        future.set_result(result)
