@@ -41,6 +41,7 @@ from service.authority.model import Clock
 
 log = structlog.stdlib.get_logger()
 
+_RETRY: Final = 1.0
 
 MAX_NAMED: Final = 50
 """Of the verifiers that a rotation did not wait for, so many are named on record."""
@@ -250,15 +251,28 @@ class KeyRotator:
         """The verifiers that lacked the next key when this process last looked."""
 
     async def run(self, poll: float) -> None:
-        """Re-read the ring every `poll` seconds and take what is due, until cancelled."""
+        """Re-read the ring every `poll` seconds and take what is due, until cancelled.
+
+        While the store is away it looks each second: a process that has read no ring yet serves
+        nothing, and one lost moment at its start must not cost it a whole `poll`.
+        """
+        stopped = False
         while True:
+            lost: StoreUnavailable | None = None
             for work in (self.tick, self._destroy):
                 try:
                     await work()
                 except StoreUnavailable as error:
-                    log.warning("rotator_stopped", error=str(error), ring_s=round(self._keys.age))
+                    lost = error
+            if lost is not None and not stopped:
+                age = round(self._keys.age) if self._keys.loaded else None
+                log.warning("rotator_stopped", error=str(lost), ring_s=age)
+            elif lost is None and stopped:
+                log.info("rotator_goes_on")
+            stopped = lost is not None
+            pause = min(poll, _RETRY) if stopped else poll
             # Processes that started together must not ask together for ever.
-            await asyncio.sleep(poll * random.uniform(0.8, 1.0))  # noqa: S311
+            await asyncio.sleep(pause * random.uniform(0.8, 1.0))  # noqa: S311
 
     async def tick(self) -> Step:
         """Read the ring and take what is due; return the step that remains: as a rule a Wait."""

@@ -20,6 +20,7 @@ from keys.verifier.jwks_client import MAX_STALE
 from service.app import Authority, kek_reader
 from service.authority.audit import Action, AuditRecord, Outcome, new_record_id
 from service.settings import RING_POLL, Settings
+from service.store.database import SERVING
 from service.store.embedded import Running
 from service.store.service_users import as_json
 from service.store.signing_keys import key_as_json
@@ -245,6 +246,29 @@ async def test_rotate_without_a_next_key_is_a_conflict_in_words(
     answer = await operator.post(f"{KEYS}/rotate", json=REASON)
     assert answer.status_code == 409
     assert "There is no next key yet." in answer.json()["detail"]
+
+
+async def test_a_start_at_which_the_keys_cannot_be_read_at_first_is_ready_soon_after(
+    start: Callable[..., Awaitable[Authority]], database: Running
+) -> None:
+    other = await asyncpg.connect(database.superuser_dsn.reveal(), timeout=10)
+    try:
+        transaction = other.transaction()
+        await transaction.start()
+        await other.execute("LOCK signing_keys IN ACCESS EXCLUSIVE MODE")
+
+        async def release() -> None:
+            # Later than a statement waits for a lock, so that the first read is refused.
+            await asyncio.sleep(SERVING.lock + 0.5)
+            await transaction.rollback()
+
+        releasing = asyncio.create_task(release())
+        authority = await start(deaf=True)
+        assert releasing.done()
+        assert authority.keys.ring.active is not None
+        await releasing
+    finally:
+        other.terminate()
 
 
 async def test_k5_an_authority_whose_clock_is_an_hour_ahead_does_not_sign_early(
