@@ -59,6 +59,9 @@ class OneThread:
         while job := self._jobs.get():
             self._busy_since = time.monotonic()
             job()
+            # The thread waits long for the next one: nothing of this one, nor of who asked for it,
+            # may live as long.
+            del job
             self._busy_since = None
 
 

@@ -1,6 +1,7 @@
 """Checkpoints outside the database: whole or not there, the newest found, and bounded in number."""
 
 import asyncio
+import gc
 import os
 import resource
 import threading
@@ -141,6 +142,17 @@ async def test_where_the_file_system_hangs_one_thread_does_and_nobody_waits_for_
                 assert await files.sizes(1) == []
                 break
             await asyncio.sleep(0)
+
+
+async def test_its_thread_ends_with_it(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    files = CheckpointFiles(tmp_path)
+    assert await files.newest() is None
+    (thread,) = set(threading.enumerate()) - before
+    del files
+    gc.collect()
+    thread.join(5)
+    assert not thread.is_alive()
 
 
 async def test_a_full_disk_is_left_as_it_was(tmp_path: Path) -> None:
