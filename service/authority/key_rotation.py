@@ -42,6 +42,7 @@ from service.authority.model import Clock
 log = structlog.stdlib.get_logger()
 
 _RETRY: Final = 1.0
+"""Seconds between two looks while the store is away."""
 
 MAX_NAMED: Final = 50
 """Of the verifiers that a rotation did not wait for, so many are named on record."""

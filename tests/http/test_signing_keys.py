@@ -12,6 +12,7 @@ import asyncpg
 import httpx
 import jwt
 import pytest
+import structlog
 
 from keys.envelope import KeyEncryptionKeys, new_kek_line
 from keys.signer import generate, unseal
@@ -20,7 +21,6 @@ from keys.verifier.jwks_client import MAX_STALE
 from service.app import Authority, kek_reader
 from service.authority.audit import Action, AuditRecord, Outcome, new_record_id
 from service.settings import RING_POLL, Settings
-from service.store.database import SERVING
 from service.store.embedded import Running
 from service.store.service_users import as_json
 from service.store.signing_keys import key_as_json
@@ -249,24 +249,28 @@ async def test_rotate_without_a_next_key_is_a_conflict_in_words(
 
 
 async def test_a_start_at_which_the_keys_cannot_be_read_at_first_is_ready_soon_after(
-    start: Callable[..., Awaitable[Authority]], database: Running
+    start: Callable[..., Awaitable[Authority]],
+    database: Running,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Less than what a process waits that has nothing to mend.
+    monkeypatch.setattr("service.app.START_PATIENCE", RING_POLL * 0.7)
     other = await asyncpg.connect(database.superuser_dsn.reveal(), timeout=10)
     try:
         transaction = other.transaction()
         await transaction.start()
         await other.execute("LOCK signing_keys IN ACCESS EXCLUSIVE MODE")
+        with structlog.testing.capture_logs() as logs:
 
-        async def release() -> None:
-            # Later than a statement waits for a lock, so that the first read is refused.
-            await asyncio.sleep(SERVING.lock + 0.5)
-            await transaction.rollback()
+            async def release_once_it_was_refused() -> None:
+                while all(entry["event"] != "rotator_stopped" for entry in logs):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+                await transaction.rollback()
 
-        releasing = asyncio.create_task(release())
-        authority = await start(deaf=True)
-        assert releasing.done()
+            releasing = asyncio.create_task(release_once_it_was_refused())
+            authority = await start(deaf=True)
+            await releasing
         assert authority.keys.ring.active is not None
-        await releasing
     finally:
         other.terminate()
 
