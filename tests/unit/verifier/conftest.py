@@ -226,11 +226,15 @@ class AuthorityServer:
 
     def calls(self) -> list[dict[str, Any]]:
         """The API calls on record, in the order in which they were taken."""
-        return [event for event in self.recorded.values() if event["type"] == "api.call"]
+        return self._recorded_of("api.call")
 
     def loaded(self) -> list[dict[str, Any]]:
         """The reports of loaded keys on record."""
-        return [event for event in self.recorded.values() if event["type"] == "jwks.loaded"]
+        return self._recorded_of("jwks.loaded")
+
+    def _recorded_of(self, type_: str) -> list[dict[str, Any]]:
+        # Copied at once, by one call: meanwhile the server's threads add to it.
+        return [event for event in tuple(self.recorded.values()) if event["type"] == type_]
 
     def close(self) -> None:
         self.released.set()
